@@ -1,0 +1,52 @@
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+TORCH_VENV := .venv-torch
+TORCH_READY := $(TORCH_VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+venv: $(READY)  ## Create .venv with the pinned packages.
+
+$(READY): requirements.txt setup.cfg pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) not found: install Python 3.11 or run make PYTHON=/path/to/python"; \
+	  exit 1; }
+	@echo "Creating $(VENV) (once; a minute or two)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY)  ## Train with plain averaging and with the AND-mask; draw the figure.
+	$(RUN) -m experiments.synthetic compare --out runs/demo
+
+test: lint  ## Lint, check types, run all tests.
+	$(RUN) -m pytest -n 2
+
+lint: $(READY)  ## Ruff (lint and format) and mypy.
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(READY)  ## Let ruff fix and format.
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(READY) $(TORCH_READY)  ## Compare with PyTorch, side by side.
+	$(RUN) -m experiments.benchmark epochs --torch-python $(TORCH_VENV)/bin/python
+
+$(TORCH_READY): experiments/benchmark/requirements-torch.txt
+	@echo "Creating $(TORCH_VENV) for the PyTorch peers"
+	@$(PYTHON) -m venv --clear $(TORCH_VENV)
+	@$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+clean:  ## Remove the virtual environments and caches, not runs/.
+	rm -rf $(VENV) $(TORCH_VENV) build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,43 @@
+"""Gradient aggregation that asks environments to agree.
+
+AND-masks as optax transformations, and the gradient oracles that feed them, after
+*Learning explanations that are hard to vary* (Parascandolo et al., ICLR 2021).
+"""
+
+from hardvary._aggregator import AggregatorState
+from hardvary._and_mask import and_mask, xor_mask
+from hardvary._decay import add_l1_decay
+from hardvary._geometric_mean import geometric_mean
+from hardvary._oracles import (
+    grad_stats,
+    per_env_grad,
+    value_and_grad_stats,
+    value_and_per_env_grad,
+)
+from hardvary._sand_mask import sand_mask
+from hardvary._statistics import GradStats, agreement
+from hardvary._temporal import (
+    TemporalAndMaskState,
+    temporal_and_mask,
+    temporal_and_mask_adam,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AggregatorState",
+    "GradStats",
+    "TemporalAndMaskState",
+    "add_l1_decay",
+    "agreement",
+    "and_mask",
+    "geometric_mean",
+    "grad_stats",
+    "per_env_grad",
+    "sand_mask",
+    "temporal_and_mask",
+    "temporal_and_mask_adam",
+    "value_and_grad_stats",
+    "value_and_per_env_grad",
+    "xor_mask",
+]

@@ -1,0 +1,131 @@
+"""What all aggregators share: the environment axis, masks, rescaling, the state."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hardvary import _validate
+from hardvary._statistics import LOG_EPS, AxisName, GradStats, as_grad_stats
+
+PyTree = Any
+
+# From the statistics of one parameter (a GradStats of arrays) to the mask in [0, 1]
+# (boolean or floating) and the direction that it is to scale, both `param.shape`.
+LeafRule = Callable[[GradStats], tuple[jax.Array, jax.Array]]
+
+
+class AggregatorState(NamedTuple):
+    """State of an aggregator.
+
+    Attributes:
+      kept_fraction: float32 scalar, share of all components that passed the mask in
+        the last update (the mean of a soft mask); 0 before the first. Read it with
+        `optax.tree.get(opt_state, "kept_fraction")`.
+    """
+
+    kept_fraction: jax.Array
+
+
+def reaches(sign_sum: jax.Array, num_envs: Any, threshold: Any) -> jax.Array:
+    """Whether `|sign_sum| >= threshold * num_envs`, exact at equality.
+
+    Sign sums are small integers (unless weighted), so a slack below half a vote
+    changes no other outcome, while it absorbs the rounding of a threshold k/d to the
+    dtype that it arrives in. NaN signs do not pass.
+    """
+    dtype = sign_sum.dtype
+    threshold = jnp.asarray(threshold)
+    rounding = 0.0
+    if jnp.issubdtype(threshold.dtype, jnp.floating):
+        rounding = float(jnp.finfo(threshold.dtype).eps)
+    threshold = threshold.astype(dtype)
+    num_envs = jnp.asarray(num_envs).astype(dtype)
+    relative = rounding * threshold + 16 * float(jnp.finfo(jnp.float32).eps)
+    slack = jnp.minimum(num_envs * relative, 0.5)
+    return jnp.abs(sign_sum) >= threshold * num_envs - slack
+
+
+def build(
+    name: str,
+    statistics: Sequence[str],
+    leaf_rule: LeafRule,
+    *,
+    rescale: bool,
+    max_rescale: Any,
+    axis_name: AxisName | None,
+    log_eps: Any = LOG_EPS,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation that applies `leaf_rule` to every parameter.
+
+    Args:
+      name: public name, for messages.
+      statistics: what the rule reads, keys of `_statistics.FIELDS`.
+      leaf_rule: see `LeafRule`.
+      rescale: multiply what survived in a leaf by size / (sum of its mask).
+      max_rescale: cap of that factor, or None.
+      axis_name: mapped axis over which environments are spread, or None.
+      log_eps: offset of the `log_abs` statistic of stacked gradients.
+    """
+    if not isinstance(rescale, bool):
+        raise TypeError(f"rescale must be True or False, got {rescale!r}")
+    if max_rescale is not None:
+        _validate.at_least("max_rescale", max_rescale, 1.0)
+
+    def init_fn(params: PyTree) -> AggregatorState:
+        del params
+        return AggregatorState(kept_fraction=jnp.zeros((), jnp.float32))
+
+    def factor(kept: jax.Array, size: int) -> jax.Array:
+        value = jnp.where(kept > 0, size / jnp.where(kept > 0, kept, 1), 0)
+        if max_rescale is None:
+            return value
+        return jnp.minimum(value, jnp.asarray(max_rescale).astype(value.dtype))
+
+    def update_leaf(leaf: GradStats, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        mask, direction = leaf_rule(leaf)
+        kept = jnp.sum(mask, dtype=jnp.float32)
+        if rescale:
+            wide = jnp.promote_types(direction.dtype, jnp.float32)
+            direction = direction.astype(wide) * factor(kept, mask.size).astype(wide)
+        if mask.dtype == jnp.bool_:
+            update = jnp.where(mask, direction, 0)
+        else:
+            update = mask.astype(direction.dtype) * direction
+        update = jnp.where(jnp.isnan(leaf.sign_sum), jnp.nan, update)
+        return update.astype(dtype), kept
+
+    def update_fn(
+        updates: PyTree,
+        state: AggregatorState,
+        params: PyTree | None = None,
+        *,
+        env_weights: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, AggregatorState]:
+        del state, extra_args
+        stats = as_grad_stats(
+            updates, params, statistics, env_weights, axis_name, name, log_eps
+        )
+        means, treedef = jax.tree.flatten(stats.mean)
+        leaves = [
+            GradStats(mean, sign_sum, square_mean, log_abs_mean, stats.num_envs)
+            for mean, sign_sum, square_mean, log_abs_mean in zip(
+                means,
+                jax.tree.leaves(stats.sign_sum),
+                jax.tree.leaves(stats.square_mean) or [None] * len(means),
+                jax.tree.leaves(stats.log_abs_mean) or [None] * len(means),
+                strict=True,
+            )
+        ]
+        results = [update_leaf(leaf, leaf.mean.dtype) for leaf in leaves]
+        size = sum(mean.size for mean in means)
+        kept = sum((kept for _, kept in results), jnp.zeros((), jnp.float32))
+        return (
+            jax.tree.unflatten(treedef, [update for update, _ in results]),
+            AggregatorState(kept_fraction=kept / max(size, 1)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

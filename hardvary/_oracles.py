@@ -1,0 +1,425 @@
+"""Gradients of every environment, stacked or reduced on the way."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hardvary import _validate
+from hardvary._statistics import (
+    FIELDS,
+    AxisName,
+    finalize,
+    reduce_stacked,
+    sum_over_envs,
+    total_weight,
+)
+
+PyTree = Any
+
+METHODS = ("scan", "vmap")
+
+
+def per_env_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Callable[..., Any]:
+    """Gradients of a loss for every environment, stacked along a new axis 0.
+
+    `jax.vmap(jax.grad(loss_fn))` over the environment axis, with checks. It holds one
+    copy of the parameters per environment; `grad_stats` needs none of them.
+
+    Args:
+      loss_fn: `loss_fn(params, env_batch) -> loss`, a real scalar, of ONE environment.
+      argnums: which positional arguments are parameters, shared by all environments;
+        as in `jax.grad`. Every other positional argument is a batch.
+      has_aux: whether `loss_fn` returns `(loss, aux)`.
+
+    Returns:
+      A function of the same positional arguments, where every leaf of a batch has the
+      environment axis in front, `[env, ...]`. It returns gradients like the
+      parameters with leaves `[env, *param.shape]`, or `(gradients, aux)` with aux
+      leaves `[env, ...]`. Keyword arguments reach `loss_fn` as they are, the same for
+      every environment.
+
+    Raises:
+      TypeError: a `loss_fn` that is not callable; (tracing) integer, boolean or
+        complex parameters, a loss that is not a real scalar.
+      ValueError: (tracing) batch leaves with different leading sizes, without an
+        environment axis, or with zero environments; no batch at all.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> loss = lambda w, x: 0.5 * (w * x) ** 2
+      >>> hardvary.per_env_grad(loss)(jnp.array(3.0), jnp.array([1.0, 2.0])).tolist()
+      [3.0, 12.0]
+    """
+    with_value = value_and_per_env_grad(loss_fn, argnums, has_aux)
+
+    def grad_fn(*args: Any, **kwargs: Any) -> Any:
+        value, grads = with_value(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_fn
+
+
+def value_and_per_env_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Callable[..., Any]:
+    """Losses and gradients of every environment.
+
+    Args:
+      loss_fn: see `per_env_grad`.
+      argnums: see `per_env_grad`.
+      has_aux: see `per_env_grad`.
+
+    Returns:
+      A function like that of `per_env_grad` which returns `(losses, gradients)`, or
+      `((losses, aux), gradients)`; losses are `[env]` in the loss's dtype.
+
+    Raises:
+      TypeError: as `per_env_grad`.
+      ValueError: as `per_env_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> loss = lambda w, x: 0.5 * (w * x) ** 2
+      >>> losses, grads = hardvary.value_and_per_env_grad(loss)(
+      ...     jnp.array(3.0), jnp.array([1.0, 2.0])
+      ... )
+      >>> losses.tolist(), grads.tolist()
+      ([4.5, 18.0], [3.0, 12.0])
+    """
+    argnums = _check_arguments(loss_fn, argnums)
+
+    def value_and_grad_fn(*args: Any, **kwargs: Any) -> Any:
+        problem = _Problem(loss_fn, argnums, has_aux, args, kwargs)
+        (losses, aux), grads = jax.vmap(problem.value_and_grad)(problem.batch)
+        return ((losses, aux) if has_aux else losses), grads
+
+    return value_and_grad_fn
+
+
+def grad_stats(
+    loss_fn: Callable[..., Any],
+    *,
+    stats: Sequence[str] = ("mean", "sign"),
+    method: str = "scan",
+    microbatch_size: int | None = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    axis_name: AxisName | None = None,
+) -> Callable[..., Any]:
+    """Statistics of the gradients of all environments.
+
+    What every aggregator of this library accepts in place of stacked gradients, at
+    the memory of a few copies of the parameters instead of one per environment
+    (paper, section 3: the same order of time and memory as gradient descent).
+
+    Args:
+      loss_fn: `loss_fn(params, env_batch) -> loss`, a real scalar, of ONE environment.
+      stats: which statistics to compute, from `"mean"`, `"sign"`, `"square"` and
+        `"log_abs"`; see `GradStats` for what they are and each aggregator for what it
+        needs.
+      method: `"scan"` goes through the environments `microbatch_size` at a time and
+        adds up; `"vmap"` stacks all gradients, then reduces. The results agree up to
+        the rounding of sums.
+      microbatch_size: environments that `"scan"` handles at once, a divisor of their
+        number; 1 unless given, the fastest on CPU for dense layers. Larger ones fill an
+        accelerator better.
+      argnums: see `per_env_grad`.
+      has_aux: see `per_env_grad`.
+      axis_name: name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which
+        environments are spread; the statistics are those of all of them. Losses and
+        aux stay local.
+
+    Returns:
+      A function `(*args, env_weights=None, **kwargs) -> GradStats`, or
+      `(GradStats, aux)`; arguments as for `per_env_grad`. `env_weights: [env]`,
+      non-negative, weights the environments in every statistic; 0 marks an absent one,
+      whose batch may hold anything. Call it under `jax.jit`.
+
+    Raises:
+      TypeError: as `per_env_grad`; `stats` that is no sequence of names.
+      ValueError: as `per_env_grad`; unknown stats or method, a microbatch_size < 1 or
+        given for `"vmap"`; (tracing) one that does not divide the number of
+        environments, env_weights of the wrong length or (concrete) negative.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> loss = lambda w, x: 0.5 * jnp.sum((w * x) ** 2)
+      >>> stats = hardvary.grad_stats(loss)(
+      ...     jnp.array([3.0, 1.0]), jnp.array([[1.0, 1.0], [2.0, 0.0]])
+      ... )
+      >>> stats.mean.tolist(), stats.sign_sum.tolist(), float(stats.num_envs)
+      ([7.5, 0.5], [2.0, 1.0], 2.0)
+    """
+    with_value = value_and_grad_stats(
+        loss_fn,
+        stats=stats,
+        method=method,
+        microbatch_size=microbatch_size,
+        argnums=argnums,
+        has_aux=has_aux,
+        axis_name=axis_name,
+    )
+
+    def stats_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
+        value, result = with_value(*args, env_weights=env_weights, **kwargs)
+        return (result, value[1]) if has_aux else result
+
+    return stats_fn
+
+
+def value_and_grad_stats(
+    loss_fn: Callable[..., Any],
+    *,
+    stats: Sequence[str] = ("mean", "sign"),
+    method: str = "scan",
+    microbatch_size: int | None = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    axis_name: AxisName | None = None,
+) -> Callable[..., Any]:
+    """Losses of all environments and statistics of their gradients.
+
+    Args:
+      loss_fn: see `grad_stats`.
+      stats: see `grad_stats`.
+      method: see `grad_stats`.
+      microbatch_size: see `grad_stats`.
+      argnums: see `grad_stats`.
+      has_aux: see `grad_stats`.
+      axis_name: see `grad_stats`.
+
+    Returns:
+      A function like that of `grad_stats` which returns `(losses, GradStats)`, or
+      `((losses, aux), GradStats)`; losses are `[env]`, unweighted, in the loss's
+      dtype.
+
+    Raises:
+      TypeError: as `grad_stats`.
+      ValueError: as `grad_stats`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, hardvary
+      >>> loss = lambda w, x: 0.5 * jnp.sum((w * x - 1.0) ** 2)
+      >>> oracle = hardvary.value_and_grad_stats(loss)
+      >>> tx = optax.chain(hardvary.and_mask(threshold=1.0), optax.sgd(0.1))
+      >>> @jax.jit
+      ... def step(w, state, batch):
+      ...     losses, stats = oracle(w, batch)
+      ...     updates, state = tx.update(stats, state, w)
+      ...     return optax.apply_updates(w, updates), state, losses.mean()
+      >>> w = jnp.zeros(2)
+      >>> batch = jnp.array([[1.0, 1.0], [2.0, -1.0]])  # [env, feature]
+      >>> w, state, loss_value = step(w, tx.init(w), batch)
+      >>> [round(x, 3) for x in w.tolist()], float(loss_value)
+      ([0.15, 0.0], 1.0)
+    """
+    argnums = _check_arguments(loss_fn, argnums)
+    stats = _validate.names("stats", stats, tuple(FIELDS))
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if microbatch_size is not None:
+        if isinstance(microbatch_size, bool) or not isinstance(
+            microbatch_size, int | np.integer
+        ):
+            raise TypeError(
+                f"microbatch_size must be an integer, got {microbatch_size!r}"
+            )
+        if microbatch_size < 1:
+            raise ValueError(f"microbatch_size must be >= 1, got {microbatch_size}")
+        if method == "vmap":
+            raise ValueError(
+                "microbatch_size is for method='scan'; method='vmap' takes all "
+                f"environments at once, got {microbatch_size}"
+            )
+
+    def value_and_stats_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
+        problem = _Problem(loss_fn, argnums, has_aux, args, kwargs)
+        weights = None
+        if env_weights is not None:
+            weights = _validate.env_weights(env_weights, problem.num_envs, "grad_stats")
+        run = _stack_then_reduce if method == "vmap" else _scan_and_add
+        losses, aux, result = run(problem, stats, weights, microbatch_size, axis_name)
+        return ((losses, aux) if has_aux else losses), result
+
+    return value_and_stats_fn
+
+
+def _stack_then_reduce(
+    problem: "_Problem",
+    stats: Sequence[str],
+    weights: jax.Array | None,
+    microbatch_size: int | None,
+    axis_name: AxisName | None,
+) -> tuple[jax.Array, PyTree, Any]:
+    del microbatch_size
+    (losses, aux), grads = jax.vmap(problem.value_and_grad)(problem.batch)
+    result = reduce_stacked(grads, stats, weights, problem.num_envs, axis_name)
+    return losses, aux, result
+
+
+def _scan_and_add(
+    problem: "_Problem",
+    stats: Sequence[str],
+    weights: jax.Array | None,
+    microbatch_size: int | None,
+    axis_name: AxisName | None,
+) -> tuple[jax.Array, PyTree, Any]:
+    size = 1 if microbatch_size is None else int(microbatch_size)
+    count, rest = divmod(problem.num_envs, size)
+    if rest:
+        raise ValueError(
+            f"microbatch_size must divide the number of environments, got "
+            f"{microbatch_size} for {problem.num_envs}"
+        )
+
+    def split(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        return leaf.reshape(count, size, *leaf.shape[1:])
+
+    def microbatch(inputs: Any) -> Any:
+        batch, micro_weights = inputs
+        if size == 1:
+            # Not vmap over one: a batched convolution gradient is far slower.
+            value, grads = problem.value_and_grad(
+                jax.tree.map(lambda leaf: leaf[0], batch)
+            )
+            value, grads = jax.tree.map(lambda leaf: leaf[None], (value, grads))
+        else:
+            value, grads = jax.vmap(problem.value_and_grad)(batch)
+        return sum_over_envs(grads, stats, micro_weights), value
+
+    def body(total: Any, inputs: Any) -> tuple[Any, Any]:
+        sums, value = microbatch(inputs)
+        return jax.tree.map(jnp.add, total, sums), value
+
+    def zero(param: Any) -> jax.Array:
+        dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+        return jnp.zeros(np.shape(param), dtype)
+
+    zeros = {name: jax.tree.map(zero, problem.params) for name in stats}
+    zeros = _vary_like(zeros, (problem.batch, problem.params, weights))
+    inputs = jax.tree.map(split, (problem.batch, weights))
+    sums, value = jax.lax.scan(body, zeros, inputs)
+    losses, aux = jax.tree.map(
+        lambda leaf: leaf.reshape(problem.num_envs, *leaf.shape[2:]), value
+    )
+    num_envs = total_weight(problem.num_envs, weights)
+    return losses, aux, finalize(sums, num_envs, problem.params, axis_name)
+
+
+def _check_arguments(
+    loss_fn: Callable[..., Any], argnums: int | Sequence[int]
+) -> int | tuple[int, ...]:
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, got {loss_fn!r}")
+    single = isinstance(argnums, int | np.integer)
+    positions: Any = (argnums,) if single else argnums
+    try:
+        result = tuple(int(position) for position in positions)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"argnums must be an integer or a sequence of integers, got {argnums!r}"
+        ) from error
+    if not result or min(result) < 0 or len(set(result)) < len(result):
+        raise ValueError(f"argnums must name distinct positions >= 0, got {argnums!r}")
+    return result[0] if single else result
+
+
+class _Problem:
+    """A loss with its parameters, and the batches of all environments, checked.
+
+    Attributes:
+      params: what is differentiated, a tuple of trees if argnums is a sequence.
+      batch: positional argument number -> tree with leaves `[env, ...]`.
+      num_envs: number of environments.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        argnums: int | tuple[int, ...],
+        has_aux: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._single = isinstance(argnums, int)
+        positions = (argnums,) if isinstance(argnums, int) else argnums
+        if max(positions) >= len(args):
+            raise ValueError(
+                f"argnums {argnums!r} needs more than the {len(args)} positional "
+                "arguments given"
+            )
+        self._loss_fn, self._has_aux = loss_fn, has_aux
+        self._positions, self._kwargs, self._num_args = positions, kwargs, len(args)
+        self.batch = {i: arg for i, arg in enumerate(args) if i not in positions}
+        params = tuple(args[i] for i in positions)
+        params = params[0] if self._single else params
+        _validate.real_floating(params, "parameters")
+        num_envs = _validate.leading_size(
+            jax.tree.leaves_with_path(self.batch), "batch leaves"
+        )
+        if num_envs is None:
+            raise ValueError(
+                "a batch is needed beside the parameters: at least one positional "
+                "argument with leaves [env, ...]"
+            )
+        self.num_envs = num_envs
+        # Under shard_map the gradient of a replicated parameter is summed over
+        # devices before anyone could look at its sign.
+        self.params = _vary_like(params, self.batch)
+
+    def value_and_grad(self, env_batch: dict[int, Any]) -> Any:
+        """Returns `((loss, aux), grads)` of one environment."""
+
+        def loss_with_aux(params: PyTree) -> tuple[jax.Array, Any]:
+            own = (params,) if self._single else params
+            args = [
+                own[self._positions.index(i)] if i in self._positions else env_batch[i]
+                for i in range(self._num_args)
+            ]
+            return self._checked(self._loss_fn(*args, **self._kwargs))
+
+        return jax.value_and_grad(loss_with_aux, has_aux=True)(self.params)
+
+    def _checked(self, output: Any) -> tuple[jax.Array, Any]:
+        if self._has_aux:
+            if not isinstance(output, tuple) or len(output) != 2:
+                raise TypeError(
+                    "with has_aux=True the loss function must return (loss, aux), got "
+                    f"{type(output).__name__}"
+                )
+            loss, aux = output
+        else:
+            loss, aux = output, None
+        shape, dtype = np.shape(loss), getattr(loss, "dtype", type(loss))
+        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                "the loss of one environment must be a real scalar, got "
+                f"{'a ' + type(loss).__name__ if dtype is type(loss) else dtype} of "
+                f"shape {shape}; average over the examples inside loss_fn"
+            )
+        return loss, aux
+
+
+def _vary_like(tree: PyTree, reference: PyTree) -> PyTree:
+    """Marks `tree` as varying over the shard_map axes that `reference` varies over."""
+
+    def axes(leaf: Any) -> frozenset[Any]:
+        return jax.typeof(leaf).manual_axis_type.varying
+
+    wanted = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(reference)))
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(wanted - axes(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree) if wanted else tree

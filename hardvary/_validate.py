@@ -1,0 +1,198 @@
+"""Checks of arguments and shapes, raised at construction or while tracing."""
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def concrete_value(value: Any) -> float | None:
+    """Returns `value` as a float, or None where only its type is known (traced)."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    return float(value)
+
+
+def scalar(name: str, value: Any, *, rule: str) -> None:
+    """Raises TypeError unless `value` is a real number or a 0-d floating array."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, np.number) or np.shape(value) != ():
+        raise TypeError(f"{name} must be a real scalar {rule}, got {value!r}")
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be a real scalar {rule}, got {value!r}")
+
+
+def in_unit_interval(name: str, value: Any) -> None:
+    """Raises unless a (possibly traced) scalar lies in [0, 1]."""
+    scalar(name, value, rule="in [0, 1]")
+    number = concrete_value(value)
+    if number is not None and not 0.0 <= number <= 1.0:
+        raise ValueError(
+            f"{name} must lie in [0, 1] (0 keeps every component, 1 asks for "
+            f"unanimity), got {number}"
+        )
+
+
+def decay_rate(name: str, value: Any) -> None:
+    """Raises unless a (possibly traced) scalar lies in [0, 1)."""
+    scalar(name, value, rule="in [0, 1)")
+    number = concrete_value(value)
+    if number is not None and not 0.0 <= number < 1.0:
+        raise ValueError(
+            f"{name} must lie in [0, 1): it is the share of the moving average that "
+            f"survives a step, got {number}"
+        )
+
+
+def at_least(name: str, value: Any, minimum: float, *, strict: bool = False) -> None:
+    """Raises unless a (possibly traced) scalar is >= `minimum` (> if `strict`)."""
+    bound = f"{'>' if strict else '>='} {minimum:g}"
+    scalar(name, value, rule=bound)
+    number = concrete_value(value)
+    if number is None:
+        return
+    if not (number > minimum if strict else number >= minimum):
+        raise ValueError(f"{name} must be {bound}, got {number}")
+
+
+def names(what: str, values: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+    """Returns `values` as a tuple after checking each against `allowed`."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"{what} must be a sequence of names such as ('mean', 'sign'), "
+            f"got {values!r}"
+        )
+    if not values:
+        raise ValueError(f"{what} must name at least one of {tuple(allowed)}, got ()")
+    for value in values:
+        if value not in allowed:
+            raise ValueError(
+                f"{what} must be drawn from {tuple(allowed)}, got {value!r}"
+            )
+    return tuple(dict.fromkeys(values))
+
+
+def leaf_path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path) or "the root"
+
+
+def real_floating(tree: PyTree, what: str) -> None:
+    """Raises TypeError, naming the leaf, unless every leaf is real floating."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{what} must be real floating-point arrays; the leaf at "
+                f"{leaf_path(path)} has dtype {dtype}. Keep other leaves out of the "
+                "differentiated tree (flax.nnx.split, eqx.partition, optax.partition)"
+            )
+
+
+def same_structure(tree: PyTree, params: PyTree, what: str) -> None:
+    """Raises ValueError unless two trees have the same structure."""
+    got: Any = jax.tree.structure(tree)
+    expected: Any = jax.tree.structure(params)
+    if got != expected:
+        raise ValueError(
+            f"{what} must have the tree structure of params, got {got} where params "
+            f"have {expected}"
+        )
+
+
+def stacked_gradients(grads: PyTree, params: PyTree | None, name: str) -> int | None:
+    """Checks stacked gradients and returns the number of environments.
+
+    Args:
+      grads: tree whose leaves are `[env, *param.shape]`.
+      params: tree like `grads` without the environment axis, or None.
+      name: the function to name in messages.
+
+    Returns:
+      The number of environments, None for a tree without leaves.
+
+    Raises:
+      TypeError: gradients that are not real floating.
+      ValueError: a leaf without an environment axis, environments that disagree
+        in number, none at all, or trees that do not match.
+    """
+    real_floating(grads, f"{name}: gradients")
+    leaves = jax.tree.leaves_with_path(grads)
+    if params is not None:
+        same_structure(grads, params, f"{name}: gradients")
+        for (path, grad), param in zip(leaves, jax.tree.leaves(params), strict=True):
+            if grad.ndim != np.ndim(param) + 1 or grad.shape[1:] != np.shape(param):
+                hint = (
+                    "it has no environment axis: stack per-environment gradients "
+                    "with hardvary.per_env_grad, or pass a GradStats"
+                    if grad.shape == np.shape(param)
+                    else "the axes after the first must be the parameter's"
+                )
+                raise ValueError(
+                    f"{name}: gradients must have shape [env, *param.shape]; the leaf "
+                    f"at {leaf_path(path)} has shape {grad.shape} for a parameter of "
+                    f"shape {np.shape(param)}: {hint}"
+                )
+    return leading_size(leaves, f"{name}: gradients")
+
+
+def leading_size(leaves: list[tuple[Any, Any]], what: str) -> int | None:
+    """Returns the common size of axis 0 of leaves given with their paths."""
+    first: tuple[Any, int] | None = None
+    for path, leaf in leaves:
+        shape = np.shape(leaf)
+        if not shape:
+            raise ValueError(
+                f"{what} need an environment axis in front; the leaf at "
+                f"{leaf_path(path)} is a scalar"
+            )
+        if first is None:
+            first = (path, shape[0])
+        elif shape[0] != first[1]:
+            raise ValueError(
+                f"{what} must agree on the number of environments (axis 0); "
+                f"{leaf_path(first[0])} has {first[1]}, {leaf_path(path)} has "
+                f"{shape[0]}"
+            )
+    if first is None:
+        return None
+    if first[1] == 0:
+        raise ValueError(f"{what} hold zero environments; at least one is needed")
+    return first[1]
+
+
+def env_weights(weights: Any, num_envs: int, name: str) -> jax.Array:
+    """Checks the weights of environments and returns them as a floating array.
+
+    Raises:
+      TypeError: weights that are not real.
+      ValueError: not of shape `[env]`, or (concrete values only) negative, not
+        finite, or all zero.
+    """
+    if np.shape(weights) != (num_envs,):
+        raise ValueError(
+            f"{name}: env_weights must have shape ({num_envs},), one weight for each "
+            f"environment, got shape {np.shape(weights)}"
+        )
+    array = jnp.asarray(weights)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: env_weights must be real, got dtype {array.dtype}")
+    if not isinstance(array, jax.core.Tracer):
+        values = np.asarray(array, np.float64)
+        if not np.all(np.isfinite(values)) or np.any(values < 0):
+            raise ValueError(
+                f"{name}: env_weights must be finite and non-negative (0 marks an "
+                f"absent environment), got {values.tolist()}"
+            )
+        if not np.any(values > 0):
+            raise ValueError(
+                f"{name}: env_weights mark every environment absent; at least one "
+                "must be positive"
+            )
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
