@@ -36,7 +36,8 @@ def reaches(sign_sum: jax.Array, num_envs: Any, threshold: Any) -> jax.Array:
     changes no other outcome, while it absorbs the rounding of a threshold k/d to the
     dtype that it arrives in. NaN signs do not pass.
     """
-    dtype = sign_sum.dtype
+    dtype = _validate.wide(sign_sum.dtype)
+    sign_sum = sign_sum.astype(dtype)
     threshold = jnp.asarray(threshold)
     rounding = 0.0
     if jnp.issubdtype(threshold.dtype, jnp.floating):
@@ -88,7 +89,7 @@ def build(
         mask, direction = leaf_rule(leaf)
         kept = jnp.sum(mask, dtype=jnp.float32)
         if rescale:
-            wide = jnp.promote_types(direction.dtype, jnp.float32)
+            wide = _validate.wide(direction.dtype)
             direction = direction.astype(wide) * factor(kept, mask.size).astype(wide)
         if mask.dtype == jnp.bool_:
             update = jnp.where(mask, direction, 0)

@@ -35,11 +35,10 @@ def and_mask(
       rescale: multiply the surviving components of each leaf by
         (components in the leaf) / (components kept); a leaf with nothing kept
         stays 0.
-      max_rescale: cap of that factor, >= 1; None for none.
+      max_rescale: cap of that factor, >= 1; None for none. Unused without `rescale`.
       axis_name: name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which
         environments are spread; sums cross it with `jax.lax.psum`. Give it here or to
-        the gradient oracle; giving it to both counts every environment once per
-        device, which changes nothing here.
+        the gradient oracle: what the oracle has summed is not summed again.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `AggregatorState`. Its

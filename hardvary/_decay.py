@@ -51,10 +51,12 @@ def add_l1_decay(
                 "add_l1_decay needs the parameters: call update(updates, state, params)"
             )
         return jax.tree.map(
-            lambda u, p: u + jnp.asarray(strength).astype(u.dtype) * jnp.sign(p),
+            lambda u, p: (
+                u + jnp.asarray(strength).astype(u.dtype) * jnp.sign(p).astype(u.dtype)
+            ),
             updates,
             params,
         )
 
-    transform = optax.stateless(add)
+    transform = optax.with_extra_args_support(optax.stateless(add))
     return transform if mask is None else optax.masked(transform, mask)

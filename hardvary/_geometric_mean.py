@@ -1,6 +1,5 @@
 """The masked geometric mean of gradients."""
 
-import numbers
 from typing import Any
 
 import jax
@@ -66,7 +65,7 @@ def geometric_mean(
     _validate.in_unit_interval("threshold", threshold)
     # An array is inject_hyperparams' doing: eps in the parameters' dtype, where it may
     # have been rounded, in float16 even to 0.
-    given_eps = eps if isinstance(eps, numbers.Real) else None
+    given_eps = eps if isinstance(eps, int | float) else None
     if given_eps is not None:
         _validate.at_least("eps", given_eps, 0.0, strict=True)
     else:

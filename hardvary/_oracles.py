@@ -1,5 +1,6 @@
 """Gradients of every environment, stacked or reduced on the way."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -242,7 +243,7 @@ def value_and_grad_stats(
             )
 
     def value_and_stats_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
-        problem = _Problem(loss_fn, argnums, has_aux, args, kwargs)
+        problem = _Problem(loss_fn, argnums, has_aux, args, kwargs, axis_name)
         weights = None
         if env_weights is not None:
             weights = _validate.env_weights(env_weights, problem.num_envs, "grad_stats")
@@ -283,6 +284,10 @@ def _scan_and_add(
 
     def split(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
+        spec = jax.typeof(leaf).sharding.spec
+        if spec and spec[0] is not None:
+            # Explicitly sharded environments: a scan goes through them in order.
+            leaf = jax.reshard(leaf, jax.P(None, *spec[1:]))
         return leaf.reshape(count, size, *leaf.shape[1:])
 
     def microbatch(inputs: Any) -> Any:
@@ -292,7 +297,9 @@ def _scan_and_add(
             value, grads = problem.value_and_grad(
                 jax.tree.map(lambda leaf: leaf[0], batch)
             )
-            value, grads = jax.tree.map(lambda leaf: leaf[None], (value, grads))
+            value, grads = jax.tree.map(
+                lambda leaf: jnp.asarray(leaf)[None], (value, grads)
+            )
         else:
             value, grads = jax.vmap(problem.value_and_grad)(batch)
         return sum_over_envs(grads, stats, micro_weights), value
@@ -302,7 +309,7 @@ def _scan_and_add(
         return jax.tree.map(jnp.add, total, sums), value
 
     def zero(param: Any) -> jax.Array:
-        dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+        dtype = _validate.wide(jnp.result_type(param))
         return jnp.zeros(np.shape(param), dtype)
 
     zeros = {name: jax.tree.map(zero, problem.params) for name in stats}
@@ -324,7 +331,7 @@ def _check_arguments(
     single = isinstance(argnums, int | np.integer)
     positions: Any = (argnums,) if single else argnums
     try:
-        result = tuple(int(position) for position in positions)
+        result = tuple(operator.index(position) for position in positions)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"argnums must be an integer or a sequence of integers, got {argnums!r}"
@@ -350,6 +357,7 @@ class _Problem:
         has_aux: bool,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        axis_name: AxisName | None = None,
     ) -> None:
         self._single = isinstance(argnums, int)
         positions = (argnums,) if isinstance(argnums, int) else argnums
@@ -375,7 +383,9 @@ class _Problem:
         self.num_envs = num_envs
         # Under shard_map the gradient of a replicated parameter is summed over
         # devices before anyone could look at its sign.
-        self.params = _vary_like(params, self.batch)
+        # The loss may differ between devices by more than its batch: by keyword
+        # arguments, by what it closes over.
+        self.params = _vary_like(params, (self.batch, kwargs), axis_name)
 
     def value_and_grad(self, env_batch: dict[int, Any]) -> Any:
         """Returns `((loss, aux), grads)` of one environment."""
@@ -400,23 +410,44 @@ class _Problem:
             loss, aux = output
         else:
             loss, aux = output, None
-        shape, dtype = np.shape(loss), getattr(loss, "dtype", type(loss))
-        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        if isinstance(loss, float):
+            return jnp.asarray(loss), aux
+        dtype = getattr(loss, "dtype", None)
+        if dtype is None:
+            received = f"a {type(loss).__name__}; return (loss, aux) with has_aux=True"
+        else:
+            received = (
+                f"{dtype} of shape {np.shape(loss)}; average over the examples inside "
+                "loss_fn"
+            )
+        if (
+            dtype is None
+            or np.shape(loss) != ()
+            or not jnp.issubdtype(dtype, jnp.floating)
+        ):
             raise TypeError(
-                "the loss of one environment must be a real scalar, got "
-                f"{'a ' + type(loss).__name__ if dtype is type(loss) else dtype} of "
-                f"shape {shape}; average over the examples inside loss_fn"
+                f"the loss of one environment must be a real scalar, got {received}"
             )
         return loss, aux
 
 
-def _vary_like(tree: PyTree, reference: PyTree) -> PyTree:
-    """Marks `tree` as varying over the shard_map axes that `reference` varies over."""
+def _vary_like(
+    tree: PyTree, reference: PyTree, axis_name: AxisName | None = None
+) -> PyTree:
+    """Marks `tree` as varying over the shard_map axes that `reference` varies over.
+
+    And over `axis_name`, as far as it names such axes.
+    """
 
     def axes(leaf: Any) -> frozenset[Any]:
+        if not isinstance(leaf, jax.Array):
+            return frozenset()
         return jax.typeof(leaf).manual_axis_type.varying
 
     wanted = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(reference)))
+    if axis_name is not None:
+        names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+        wanted |= names & set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def cast(leaf: Any) -> Any:
         missing = tuple(sorted(wanted - axes(leaf)))

@@ -81,6 +81,9 @@ def sand_mask(
         num_envs = leaf.num_envs.astype(dtype)
         mean = leaf.mean.astype(dtype)
         biased = jnp.maximum(leaf.square_mean - jnp.square(mean), 0)
+        # What rounding leaves of the difference is no variance.
+        eps = float(jnp.finfo(leaf.mean.dtype).eps)
+        biased = jnp.where(biased <= 8 * eps * leaf.square_mean, 0, biased)
         spare = num_envs - 1
         variance = jnp.where(
             spare > 0, biased * num_envs / jnp.where(spare > 0, spare, 1), 0

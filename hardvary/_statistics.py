@@ -30,6 +30,8 @@ class GradStats:
       log_abs_mean: `sum_e w_e log(|g_e| + 1e-10) / sum_e w_e`; likewise.
       num_envs: `sum_e w_e`, the number of environments unless weighted; float32
         scalar.
+      axis_names: mapped axes over which the environments have been summed already;
+        an aggregator does not sum over them again.
 
     A statistic that was not asked for is None. The dataclass is a pytree, so it
     passes through `jit`, `scan` and `vmap`.
@@ -40,6 +42,9 @@ class GradStats:
     square_mean: PyTree = None
     log_abs_mean: PyTree = None
     num_envs: Any = None
+    axis_names: tuple[str, ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
 
 
 # Name in the public `stats` argument -> field of GradStats.
@@ -95,7 +100,7 @@ def sum_over_envs(
     """
 
     def leaf_sum(grad: jax.Array, function: Callable[..., jax.Array]) -> jax.Array:
-        dtype = jnp.promote_types(grad.dtype, jnp.float32)
+        dtype = _validate.wide(grad.dtype)
         values = function(grad.astype(dtype))
         if weights is not None:
             weight = weights.astype(dtype).reshape((-1,) + (1,) * (grad.ndim - 1))
@@ -127,9 +132,12 @@ def finalize(
     Returns:
       The statistics over the environments of all devices.
     """
+    axis_names: tuple[str, ...] = ()
     if axis_name is not None:
         sums, num_envs = jax.lax.psum((sums, num_envs), axis_name)
-    num_envs = jnp.asarray(num_envs, jnp.float32)
+        axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    num_envs = jnp.asarray(num_envs)
+    num_envs = num_envs.astype(_validate.wide(num_envs.dtype))
 
     def average(total: jax.Array) -> jax.Array:
         return total / num_envs.astype(total.dtype)
@@ -146,7 +154,7 @@ def finalize(
             )
         else:
             fields[FIELDS[name]] = jax.tree.map(average, tree)
-    return GradStats(num_envs=num_envs, **fields)
+    return GradStats(num_envs=num_envs, axis_names=axis_names, **fields)
 
 
 def total_weight(num_envs: int, weights: jax.Array | None) -> Any:
@@ -168,8 +176,8 @@ def combine_over_axis(stats: GradStats, axis_name: AxisName) -> GradStats:
             sums[name] = jax.tree.map(
                 lambda leaf: jnp.where(
                     num_envs > 0,
-                    leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-                    * num_envs.astype(jnp.promote_types(leaf.dtype, jnp.float32)),
+                    leaf.astype(_validate.wide(leaf.dtype))
+                    * num_envs.astype(_validate.wide(leaf.dtype)),
                     0,
                 ),
                 tree,
@@ -256,11 +264,22 @@ def as_grad_stats(
                     f"does not hold; ask for it with grad_stats(loss_fn, "
                     f"stats={tuple(statistics)})"
                 )
+        for statistic in statistics:
+            _validate.real_floating(
+                getattr(grads, FIELDS[statistic]), f"{name}: statistics"
+            )
+        total = jnp.asarray(grads.num_envs)
+        grads = dataclasses.replace(
+            grads, num_envs=total.astype(_validate.wide(total.dtype))
+        )
         if params is not None:
             for statistic in statistics:
                 _check_like_params(getattr(grads, FIELDS[statistic]), params, name)
         if axis_name is not None:
-            return combine_over_axis(grads, axis_name)
+            names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+            rest = tuple(n for n in names if n not in grads.axis_names)
+            if rest:
+                return combine_over_axis(grads, rest)
         return grads
     num_envs = _validate.stacked_gradients(grads, params, name)
     if num_envs is None:

@@ -91,7 +91,7 @@ def temporal_and_mask(
     def init_fn(params: PyTree) -> TemporalAndMaskState:
         def zeros(param: Any) -> jax.Array:
             # A half-precision average stalls: its steps round to nothing near 1.
-            dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+            dtype = _validate.wide(jnp.result_type(param))
             return jnp.zeros_like(param, dtype=dtype)
 
         return TemporalAndMaskState(
@@ -115,7 +115,8 @@ def temporal_and_mask(
             return rate * ema + (1 - rate) * sign.astype(ema.dtype)
 
         def gate(ema: jax.Array, update: jax.Array) -> jax.Array:
-            is_open = jnp.abs(ema) >= jnp.asarray(threshold).astype(ema.dtype)
+            slack = 4 * float(jnp.finfo(ema.dtype).eps)
+            is_open = jnp.abs(ema) >= jnp.asarray(threshold).astype(ema.dtype) - slack
             masked = jnp.where(is_open, update, 0)
             return jnp.where(jnp.isnan(ema), jnp.nan, masked).astype(update.dtype)
 

@@ -1,6 +1,5 @@
 """Checks of arguments and shapes, raised at construction or while tracing."""
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,8 @@ def concrete_value(value: Any) -> float | None:
 
 def scalar(name: str, value: Any, *, rule: str) -> None:
     """Raises TypeError unless `value` is a real number or a 0-d floating array."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    # Not numbers.Real: a Fraction is one, and no array can be made of it.
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, np.number) or np.shape(value) != ():
@@ -79,6 +79,12 @@ def names(what: str, values: Any, allowed: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
+def wide(dtype: Any) -> Any:
+    """float64 for float64, float32 for anything less: the dtype that sums are in."""
+    # Not jnp.promote_types: it refuses under strict promotion.
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 def leaf_path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path) or "the root"
 
@@ -127,16 +133,17 @@ def stacked_gradients(grads: PyTree, params: PyTree | None, name: str) -> int | 
     if params is not None:
         same_structure(grads, params, f"{name}: gradients")
         for (path, grad), param in zip(leaves, jax.tree.leaves(params), strict=True):
-            if grad.ndim != np.ndim(param) + 1 or grad.shape[1:] != np.shape(param):
+            shape = np.shape(grad)
+            if len(shape) != np.ndim(param) + 1 or shape[1:] != np.shape(param):
                 hint = (
                     "it has no environment axis: stack per-environment gradients "
                     "with hardvary.per_env_grad, or pass a GradStats"
-                    if grad.shape == np.shape(param)
+                    if shape == np.shape(param)
                     else "the axes after the first must be the parameter's"
                 )
                 raise ValueError(
                     f"{name}: gradients must have shape [env, *param.shape]; the leaf "
-                    f"at {leaf_path(path)} has shape {grad.shape} for a parameter of "
+                    f"at {leaf_path(path)} has shape {shape} for a parameter of "
                     f"shape {np.shape(param)}: {hint}"
                 )
     return leading_size(leaves, f"{name}: gradients")
@@ -183,8 +190,9 @@ def env_weights(weights: Any, num_envs: int, name: str) -> jax.Array:
     array = jnp.asarray(weights)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name}: env_weights must be real, got dtype {array.dtype}")
-    if not isinstance(array, jax.core.Tracer):
-        values = np.asarray(array, np.float64)
+    # jnp.asarray makes a tracer of a constant under jit.
+    if not any(isinstance(w, jax.core.Tracer) for w in jax.tree.leaves(weights)):
+        values = np.asarray(weights, np.float64)
         if not np.all(np.isfinite(values)) or np.any(values < 0):
             raise ValueError(
                 f"{name}: env_weights must be finite and non-negative (0 marks an "
@@ -195,4 +203,4 @@ def env_weights(weights: Any, num_envs: int, name: str) -> jax.Array:
                 f"{name}: env_weights mark every environment absent; at least one "
                 "must be positive"
             )
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(wide(array.dtype))

@@ -1,0 +1,1 @@
+"""How fast training with the AND-mask is, beside the same training in PyTorch."""

@@ -1,0 +1,1 @@
+"""What every experiment shares: run directories, the training loop, CLI and plots."""

@@ -1,0 +1,114 @@
+"""Orbax checkpoints that are trusted only after their checksums were compared."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from experiments.common.files import atomic_write, remove_temporaries
+
+State = TypeVar("State")
+
+
+class Checkpoints:
+    """The last `keep` checkpoints of a run in `directory`.
+
+    Beside each Orbax checkpoint `STEP/` lies `STEP.sha256`, written once the
+    checkpoint is complete, in the format that `sha256sum --check` reads. One that
+    was cut short or damaged therefore never passes for a good one.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2):
+        self._directory = Path(directory).absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self._directory)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves a pytree of arrays; returns when it is complete on disk."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+        atomic_write(self._checksum_file(step), self._checksums(step))
+        kept = set(self._manager.all_steps())
+        for file in self._directory.glob("*.sha256"):
+            if int(file.stem) not in kept:
+                file.unlink()
+
+    def restore_latest(self, like: State) -> tuple[int, State] | None:
+        """The newest intact checkpoint as (step, state), None if there is none.
+
+        Damaged ones are reported on stderr and removed, so that the steps after
+        the one restored can be saved again.
+
+        Args:
+          like: a state of the same structure, shapes and dtypes.
+
+        Raises:
+          ValueError: an intact checkpoint holds another structure or shapes.
+        """
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            defect = self._defect(step)
+            if defect is None:
+                args = ocp.args.StandardRestore(abstract)
+                return step, self._manager.restore(step, args=args)
+            print(
+                f"warning: checkpoint {self._directory / str(step)} is not usable "
+                f"({defect}): going back to the one before",
+                file=sys.stderr,
+            )
+            self._remove(step)
+        return None
+
+    def clear(self) -> None:
+        """Removes all checkpoints."""
+        for step in self._manager.all_steps():
+            self._remove(step)
+
+    def close(self) -> None:
+        """Lets go of Orbax's resources."""
+        self._manager.close()
+
+    def _remove(self, step: int) -> None:
+        self._checksum_file(step).unlink(missing_ok=True)
+        self._manager.delete(step)
+
+    def _checksum_file(self, step: int) -> Path:
+        return self._directory / f"{step}.sha256"
+
+    def _checksums(self, step: int) -> str:
+        files = (self._directory / str(step)).rglob("*")
+        lines = [
+            f"{_sha256(file)}  {file.relative_to(self._directory).as_posix()}\n"
+            for file in sorted(files)
+            if file.is_file()
+        ]
+        return "".join(lines)
+
+    def _defect(self, step: int) -> str | None:
+        try:
+            expected = self._checksum_file(step).read_text()
+        except FileNotFoundError:
+            return "it has no checksums"
+        for line in expected.splitlines():
+            digest, name = line.split("  ", 1)
+            file = self._directory / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if _sha256(file) != digest:
+                return f"{name} is damaged"
+        return None if expected else "its checksums are empty"
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

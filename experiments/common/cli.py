@@ -1,0 +1,173 @@
+"""Command lines from dataclasses: subcommands, presets, overrides, exit codes.
+
+An experiment's `__main__.py` lists its subcommands as `Command`s and hands them to
+`main`. The fields of a command's config become flags, their docstrings the help;
+`--preset` picks the values that the other flags then override.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+import tyro
+
+from experiments.common.run_dir import RunDirError
+
+Preset = Literal["smoke", "cpu", "paper"]
+DEFAULT_PRESET: Preset = "cpu"
+STOPPED = "Stopped: the same command goes on from the last checkpoint."
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where to write, and how to treat what is there."""
+
+    preset: Preset = DEFAULT_PRESET
+    """Settings that other flags override: for tests, for two cores, the paper's."""
+    out: Path | None = None
+    """Run directory; without it a readable name under runs/."""
+    overwrite: bool = False
+    """Discard the run that the directory holds and start again."""
+
+
+Config = TypeVar("Config")
+Options = TypeVar("Options", bound=RunOptions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation(Generic[Config, Options]):
+    """One call of a subcommand, parsed and validated."""
+
+    config: Config
+    options: Options
+    preset_config: Config
+    """The preset's values, before any flag."""
+    command: str
+    """The command line, for the manifest."""
+
+    def run_path(self, experiment: str, name: str, named: Sequence[str] = ()) -> Path:
+        """--out, or runs/EXPERIMENT/NAME with every setting that is not the preset's.
+
+        Args:
+          experiment: name of the experiment.
+          name: what tells its runs apart at a glance: method, preset, seed.
+          named: config fields that `name` covers already.
+        """
+        if self.options.out is not None:
+            return self.options.out
+        preset, config = vars(self.preset_config), vars(self.config)
+        changes = [
+            f"-{field}={_short(config[field])}"
+            for field in config
+            if field not in named and config[field] != preset[field]
+        ]
+        return Path("runs") / experiment / (name + "".join(changes))
+
+
+def _short(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Generic[Config, Options]):
+    """A subcommand.
+
+    `configs` maps each preset to its config, an instance of a frozen dataclass
+    that raises ValueError for invalid values when it is constructed. `run` gets
+    the parsed call; its docstring is the subcommand's help.
+    """
+
+    configs: Mapping[Preset, Config]
+    options: type[Options]
+    run: Callable[[Invocation[Config, Options]], None]
+
+
+def main(
+    prog: str, commands: Mapping[str, Command[Any, Any]], argv: Sequence[str]
+) -> int:
+    """Runs one of `commands` and returns the process's exit code.
+
+    0: done. 1: a failure, with traceback. 2: refused, with one clear message on
+    stderr. 130: stopped by Ctrl-C.
+
+    Args:
+      prog: how the program is called, such as `python -m experiments.synthetic`.
+      commands: subcommands by name.
+      argv: the arguments after `prog`.
+    """
+    preset = _find_preset(argv)
+    command, draft, draft_options = tyro.extras.subcommand_cli_from_dict(
+        {name: _parser(command, preset) for name, command in commands.items()},
+        prog=prog,
+        args=list(argv),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    preset_config = command.configs[preset]
+    try:
+        config = type(preset_config)(**vars(draft))
+        options = command.options(**vars(draft_options))
+    except ValueError as error:
+        return _fail(str(error))
+    line = shlex.join([*prog.split(), *argv])
+    try:
+        command.run(Invocation(config, options, preset_config, line))
+    except RunDirError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or STOPPED}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _find_preset(argv: Sequence[str]) -> Preset:
+    """The preset that `argv` asks for; whether it is a valid one is for tyro to say."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument("--preset", choices=get_args(Preset), default=DEFAULT_PRESET)
+    try:
+        preset: Preset = parser.parse_known_args(argv)[0].preset
+    except argparse.ArgumentError:
+        return DEFAULT_PRESET
+    return preset
+
+
+def _parser(command: Command[Any, Any], preset: Preset) -> Callable[..., Any]:
+    """A function from whose signature tyro makes the subcommand's flags."""
+    config = _unchecked(command.configs[preset])
+    options = _unchecked(command.options(preset=preset))
+
+    def parse(config: Any, run: Any) -> Any:
+        return command, config, run
+
+    parse.__doc__ = command.run.__doc__
+    parse.__annotations__ = {"config": type(config), "run": type(options)}
+    parse.__defaults__ = (config, options)
+    return parse
+
+
+def _unchecked(instance: Any) -> Any:
+    """`instance` as a subclass that any values can be put into.
+
+    tyro would report a ValueError from a constructor under a name of its own; the
+    values are validated once it is done.
+    """
+    cls = type(instance)
+    body = {
+        "__post_init__": lambda self: None,
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+    }
+    draft: Any = dataclasses.dataclass(frozen=True)(type(cls.__name__, (cls,), body))
+    return draft(**vars(instance))

@@ -1,0 +1,60 @@
+"""One look for all figures. Importing this module imports Matplotlib.
+
+Figures are made with `matplotlib.figure.Figure`, not through pyplot: they need no
+display and no closing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+# Okabe and Ito's palette, which stays apart under the common colour deficiencies.
+BLACK = "#000000"
+ORANGE = "#E69F00"
+SKY_BLUE = "#56B4E9"
+GREEN = "#009E73"
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+PINK = "#CC79A7"
+
+METHOD_COLORS = {
+    "erm": VERMILION,
+    "and_mask": BLUE,
+    "geometric_mean": GREEN,
+}
+METHOD_LABELS = {
+    "erm": "Averaging (ERM)",
+    "and_mask": "AND-mask",
+    "geometric_mean": "Geometric mean",
+}
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "savefig.facecolor": "white",
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.labelsize": 14,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "legend.frameon": False,
+    "legend.fontsize": 12,
+    "lines.linewidth": 2.0,
+}
+
+
+def use_style() -> None:
+    """Applies the project's style to all figures made from here on."""
+    mpl.rcParams.update(STYLE)
+
+
+def percent_axis(axes: Axes) -> None:
+    """Labels a y axis of fractions in percent."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

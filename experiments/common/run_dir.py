@@ -1,0 +1,318 @@
+"""The directory that a run writes, and the rules for entering one again.
+
+    config.json     what was asked for; identifies the run
+    manifest.json   device, versions, git revision, command, wall time
+    metrics.csv     one row per epoch; the same bytes however often it was resumed
+    summary.json    the result; its presence marks the run as finished
+    *.png           figures
+    checkpoint/     the last two checkpoints, with their checksums
+
+The same command on the same directory resumes an unfinished run and leaves a
+finished one alone. A directory that holds another config, or that is no run
+directory at all, is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from experiments.common.files import atomic_write, remove_temporaries, write_json
+from experiments.common.manifest import describe_environment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONFIG = "config.json"
+MANIFEST = "manifest.json"
+METRICS = "metrics.csv"
+SUMMARY = "summary.json"
+CHECKPOINT = "checkpoint"
+_LOCK = ".lock"
+
+Row = Mapping[str, Any]
+
+
+class RunDirError(Exception):
+    """A run directory cannot be used as asked; the message is for the user."""
+
+
+class RunDir:
+    """A locked run directory. Use it as a context manager.
+
+    Args:
+      path: the directory; made, with its parents, if it is not there.
+      experiment: name of the experiment and its subcommand, part of the identity.
+      config: dataclass whose fields define the run's result.
+      seed: recorded in the manifest.
+      command: the command line, recorded in the manifest.
+      overwrite: start again, whatever run the directory holds.
+      outputs: names of further files that the experiment writes here (figures,
+        tables), so that `overwrite` can remove them.
+
+    Raises:
+      RunDirError: the directory holds another config or foreign files, or
+        another process is using it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        experiment: str,
+        config: Any,
+        *,
+        seed: int | None = None,
+        command: str | None = None,
+        overwrite: bool = False,
+        outputs: Sequence[str] = (),
+    ):
+        self.path = Path(path)
+        self._refuse_foreign()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = _lock(self.path)
+        try:
+            self._enter(experiment, config, overwrite, outputs)
+            self._begin_session(seed, command)
+        except BaseException:
+            self.close()
+            raise
+
+    def _refuse_foreign(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RunDirError(f"{self.path} is a file, not a directory: choose another")
+        if _read_identity(self.path) is not None:
+            return
+        ours = (_LOCK, f".{CONFIG}.")  # killed before config.json was there
+        foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(ours)]
+        if foreign:
+            raise RunDirError(
+                f"{self.path} is not empty and not a run directory (it holds "
+                f"{sorted(foreign)[0]!r}): choose another; nothing was changed"
+            )
+
+    def _enter(
+        self, experiment: str, config: Any, overwrite: bool, outputs: Sequence[str]
+    ) -> None:
+        identity = {"experiment": experiment, "config": dataclasses.asdict(config)}
+        identity = json.loads(json.dumps(identity))
+        held = _read_identity(self.path)
+        if held is not None and overwrite:
+            _clear(self.path, outputs)
+            held = None
+        if held is not None and held != identity:
+            raise RunDirError(_describe_conflict(self.path, held, identity))
+        remove_temporaries(self.path)
+        if held is None:
+            write_json(self.path / CONFIG, identity)
+
+    def _begin_session(self, seed: int | None, command: str | None) -> None:
+        self._started = time.monotonic()
+        self._manifest = self.manifest()
+        self._wall_time = float(self._manifest.get("wall_time_s", 0.0))
+        if self.finished:
+            return
+        environment = describe_environment()
+        changed = [
+            name
+            for name in ("device", "cpu", "cores", "packages")
+            if self._manifest and self._manifest.get(name) != environment[name]
+        ]
+        if changed:
+            print(
+                f"warning: {self.path} was begun under another {', '.join(changed)}: "
+                "the result may differ from an uninterrupted run's",
+                file=sys.stderr,
+            )
+        self._manifest = {
+            **environment,
+            "seed": seed,
+            "command": command,
+            "sessions": self._manifest.get("sessions", 0) + 1,
+        }
+        self.save_manifest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run's summary is there, which is the last thing written."""
+        return (self.path / SUMMARY).exists()
+
+    @property
+    def wall_time(self) -> float:
+        """Seconds spent on the run in all its sessions so far."""
+        if self.finished:
+            return float(self._manifest.get("wall_time_s", 0.0))
+        return self._wall_time + time.monotonic() - self._started
+
+    def summary(self) -> dict[str, Any]:
+        """The result of a finished run."""
+        summary: dict[str, Any] = _read_json(self.path / SUMMARY)
+        return summary
+
+    def manifest(self) -> dict[str, Any]:
+        """What is recorded about the run's surroundings; empty before the first."""
+        if not (self.path / MANIFEST).exists():
+            return {}
+        manifest: dict[str, Any] = _read_json(self.path / MANIFEST)
+        return manifest
+
+    def save_manifest(self) -> None:
+        """Brings the manifest's wall time up to date."""
+        self._manifest["wall_time_s"] = round(self.wall_time, 3)
+        write_json(self.path / MANIFEST, self._manifest)
+
+    def write_metrics(self, rows: Sequence[Row], name: str = METRICS) -> None:
+        """Replaces a CSV file; see `format_csv`."""
+        atomic_write(self.path / name, format_csv(rows))
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Rows of metrics.csv as far as it is readable, none if it is not there."""
+        try:
+            text = (self.path / METRICS).read_text()
+            rows = csv.DictReader(io.StringIO(text))
+            return [{name: float(row[name]) for name in row} for row in rows]
+        except (FileNotFoundError, ValueError, TypeError):
+            return []
+
+    def save_figure(self, name: str, figure: Figure) -> None:
+        """Writes a Matplotlib figure as PNG."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        atomic_write(self.path / name, buffer.getvalue())
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes the summary; after this the run counts as finished."""
+        self.save_manifest()
+        write_json(self.path / SUMMARY, dict(summary))
+
+
+def discard_run(path: Path, outputs: Sequence[str] = ()) -> None:
+    """Removes a run's files, as `overwrite` does; leaves everything else alone.
+
+    Args:
+      path: a directory; nothing happens unless it holds a run.
+      outputs: names of the files that the experiment wrote there.
+
+    Raises:
+      RunDirError: another process is using it.
+    """
+    if _read_identity(path) is None:
+        return
+    lock = _lock(path)
+    try:
+        _clear(path, outputs)
+    finally:
+        os.close(lock)
+
+
+def _clear(path: Path, outputs: Sequence[str]) -> None:
+    # The summary goes first and config.json last: whatever is left by a crash in
+    # between is an unfinished run directory.
+    (path / SUMMARY).unlink(missing_ok=True)
+    shutil.rmtree(path / CHECKPOINT, ignore_errors=True)
+    for name in (METRICS, MANIFEST, *outputs, CONFIG):
+        (path / name).unlink(missing_ok=True)
+
+
+def nine_digits(value: float) -> float:
+    """`value` as `format_csv` writes it."""
+    return float(f"{float(value):.9g}")
+
+
+def format_csv(rows: Sequence[Row]) -> str:
+    """CSV text of `rows`; the columns are the first row's keys.
+
+    Floats have nine significant digits, which identifies every float32.
+    """
+    if not rows:
+        return ""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow(
+            f"{row[name]:.9g}" if isinstance(row[name], float) else row[name]
+            for name in rows[0]
+        )
+    return buffer.getvalue()
+
+
+def _lock(path: Path) -> int:
+    handle = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise RunDirError(
+            f"{path} is in use by another process: wait for it, or choose another "
+            "directory with --out"
+        ) from None
+    return handle
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunDirError(
+            f"{path} is damaged ({error}): start again with --overwrite"
+        ) from None
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    """The experiment and config that a directory holds, None if it is not ours."""
+    try:
+        identity = json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(identity, dict) and set(identity) == {"experiment", "config"}
+    return identity if ours else None
+
+
+def _describe_conflict(path: Path, held: dict[str, Any], asked: dict[str, Any]) -> str:
+    mend = "choose another directory with --out, or replace it with --overwrite"
+    if held["experiment"] != asked["experiment"]:
+        return (
+            f"{path} holds a run of {held['experiment']}, not of "
+            f"{asked['experiment']}: {mend}"
+        )
+    old, new = held["config"], asked["config"]
+    lines = [
+        f"  {name}: {_show(old, name)} there, {_show(new, name)} asked for"
+        for name in sorted(old.keys() | new.keys())
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+    return f"{path} holds another config: {mend}\n" + "\n".join(lines)
+
+
+def _show(config: dict[str, Any], name: str) -> str:
+    return repr(config[name]) if name in config else "nothing"

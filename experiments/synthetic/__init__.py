@@ -1,0 +1,1 @@
+"""Spirals behind shortcuts: section 3.1 of the paper."""

@@ -1,0 +1,260 @@
+"""The subcommands: train, compare, rerun."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.common.cli import Invocation, RunOptions
+from experiments.common.run_dir import RunDir, discard_run
+from experiments.synthetic.config import (
+    CompareConfig,
+    RerunConfig,
+    RerunOptions,
+    TrainConfig,
+)
+from experiments.synthetic.data import Dataset
+from experiments.synthetic.figures import Trained, draw
+from experiments.synthetic.training import METRICS, dataset_for
+from experiments.synthetic.training import train as train_to_the_end
+
+EXPERIMENT = "synthetic"
+TRAIN_FIGURE = "train.png"
+COMPARE_FIGURE = "compare.png"
+COMPARE_TABLE = "compare.csv"
+SEEDS_TABLE = "seeds.csv"
+SOLVED = 0.98  # of the o.o.d. test set
+
+
+def train(call: Invocation[TrainConfig, RunOptions]) -> None:
+    """One method, one seed: trains it, draws it, prints the result."""
+    config = call.config
+    name = f"{config.method}-{call.options.preset}-seed{config.seed}"
+    path = call.run_path(EXPERIMENT, name, ("method", "seed"))
+    if call.options.overwrite:
+        _discard([path])
+    with _train_dir(path, config, call.command) as run:
+        _announce(run)
+        if not run.finished:
+            _train(run, config, dataset_for(config, config.seed))
+        print(format_table([_result(run)]))
+        print(f"Figure: {run.path / TRAIN_FIGURE}")
+
+
+def compare(call: Invocation[CompareConfig, RunOptions]) -> None:
+    """Several methods on the same data: a table, and the figure."""
+    config = call.config
+    name = f"compare-{call.options.preset}-seed{config.seed}"
+    path = call.run_path(EXPERIMENT, name, ("seed",))
+    with RunDir(
+        path,
+        f"{EXPERIMENT} compare",
+        config,
+        seed=config.seed,
+        command=call.command,
+        overwrite=call.options.overwrite,
+        outputs=(COMPARE_FIGURE, COMPARE_TABLE),
+    ) as run:
+        _announce(run)
+        if call.options.overwrite:
+            _discard(run.path / method for method in config.methods)
+        if not run.finished:
+            _compare(run, config, call.command)
+        print(format_table(run.summary()["results"]))
+        print(f"Figure: {run.path / COMPARE_FIGURE}")
+
+
+def _compare(run: RunDir, config: CompareConfig, command: str) -> None:
+    dataset = dataset_for(config, config.seed)
+    trained: dict[str, Trained] = {}
+    results = []
+    for method in config.methods:
+        method_config = config.train_config(method)
+        path = run.path / method
+        with _train_dir(path, method_config, command) as method_run:
+            trained[method] = _train(method_run, method_config, dataset)
+            results.append(_result(method_run))
+    rows = [
+        {"method": method, **row}
+        for method, result in trained.items()
+        for row in result.history
+    ]
+    run.write_metrics(rows, COMPARE_TABLE)
+    run.save_figure(COMPARE_FIGURE, draw(config, dataset, trained))
+    run.finish({"seed": config.seed, "results": results})
+
+
+def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
+    """One method on many seeds: every seed's result, and how many solve the task."""
+    config, options = call.config, call.options
+    first, last = config.seeds
+    name = f"rerun-{config.method}-{options.preset}-seeds{first}-{last}"
+    path = call.run_path(EXPERIMENT, name, ("method", "seeds"))
+    with RunDir(
+        path,
+        f"{EXPERIMENT} rerun",
+        config,
+        command=call.command,
+        overwrite=options.overwrite,
+        outputs=(SEEDS_TABLE,),
+    ) as run:
+        _announce(run)
+        jobs = [
+            (run.path / f"seed{c.seed}", c, call.command)
+            for c in config.train_configs()
+        ]
+        if options.overwrite:
+            _discard(path for path, _, _ in jobs)
+        if not run.finished:
+            results = _run_jobs(jobs, options.workers)
+            run.write_metrics(results, SEEDS_TABLE)
+            run.finish({"method": config.method, **summarize_seeds(results)})
+        for name, value in run.summary().items():
+            print(f"{name:>24}  {value}")
+        print(f"Every seed: {run.path / SEEDS_TABLE}")
+
+
+Job = tuple[Path, TrainConfig, str]
+
+
+def _run_jobs(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
+    """Results of all jobs, by seed."""
+    results: list[dict[str, Any]] = []
+    with tqdm(total=len(jobs), unit="seed", smoothing=0) as bar:
+        for result in _results_as_they_come(jobs, min(workers, len(jobs))):
+            results.append(result)
+            solved = sum(r["test_accuracy"] >= SOLVED for r in results)
+            worst = min(r["test_accuracy"] for r in results)
+            shown = {"solved": f"{solved}/{len(results)}", "worst": f"{worst:.1%}"}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+    return sorted(results, key=lambda result: result["seed"])
+
+
+def _results_as_they_come(
+    jobs: Sequence[Job], workers: int
+) -> Iterator[dict[str, Any]]:
+    waiting = iter(jobs)
+    running: set[Future[dict[str, Any]]] = set()
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _begin_worker
+    ) as pool:
+        while True:
+            # No more than the workers can take: after Ctrl-C none is left in a queue.
+            for job in itertools.islice(waiting, workers - len(running)):
+                running.add(pool.submit(_run_job, *job))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+
+def _begin_worker() -> None:
+    # Ctrl-C reaches every process of the terminal: it is for the training loop, and
+    # for a worker without work it means nothing.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed, so that it frees its directory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_job(path: Path, config: TrainConfig, command: str) -> dict[str, Any]:
+    with _train_dir(path, config, command) as run:
+        if not run.finished:
+            _train(run, config, dataset_for(config, config.seed), quiet=True)
+        return _result(run)
+
+
+def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Statistics of the final o.o.d. test accuracy over seeds."""
+    accuracies = [result["test_accuracy"] for result in results]
+    solved = sum(accuracy >= SOLVED for accuracy in accuracies)
+    return {
+        "seeds": len(results),
+        "mean_test_accuracy": sum(accuracies) / len(accuracies),
+        "min_test_accuracy": min(accuracies),
+        "solved_from": SOLVED,
+        "solved": solved,
+        "solved_share": solved / len(accuracies),
+    }
+
+
+def _discard(paths: Iterable[Path]) -> None:
+    # All of them first: of a run that is stopped halfway, no old part shall stay.
+    for path in paths:
+        discard_run(path, (TRAIN_FIGURE,))
+
+
+def _train_dir(path: Path, config: TrainConfig, command: str) -> RunDir:
+    return RunDir(
+        path,
+        f"{EXPERIMENT} train",
+        config,
+        seed=config.seed,
+        command=command,
+        outputs=(TRAIN_FIGURE,),
+    )
+
+
+def _train(
+    run: RunDir, config: TrainConfig, dataset: Dataset, *, quiet: bool = False
+) -> Trained:
+    """Trains unless that is done, and leaves a finished run."""
+    trained = Trained(*train_to_the_end(config, run, dataset, quiet=quiet))
+    if not run.finished:
+        figure = draw(config, dataset, {config.method: trained})
+        run.save_figure(TRAIN_FIGURE, figure)
+        final = trained.history[-1]
+        run.finish(
+            {
+                "method": config.method,
+                "seed": config.seed,
+                "epochs": config.epochs,
+                **{name: final[name] for name in METRICS},
+            }
+        )
+    return trained
+
+
+def _announce(run: RunDir) -> None:
+    state = "finished; --overwrite runs it again" if run.finished else "running"
+    print(f"{run.path}: {state}", flush=True)
+
+
+def _result(run: RunDir) -> dict[str, Any]:
+    return {**run.summary(), "seconds": run.wall_time}
+
+
+def format_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as text, one line per method."""
+    columns = {
+        "method": ("method", "<16", "<16"),
+        "train": ("train_accuracy", ">9", ">9.1%"),
+        "held out": ("held_out_accuracy", ">9", ">9.1%"),
+        "o.o.d. test": ("test_accuracy", ">12", ">12.1%"),
+        "loss": ("loss", ">8", ">8.4f"),
+        "kept": ("kept_fraction", ">9", ">9.3%"),
+        "seconds": ("seconds", ">8", ">8.1f"),
+    }
+    header = " ".join(format(title, width) for title, (_, width, _) in columns.items())
+    lines = [
+        " ".join(format(result[name], spec) for name, _, spec in columns.values())
+        for result in results
+    ]
+    return "\n".join([header, "-" * len(header), *lines])

@@ -1,0 +1,72 @@
+"""Shared by the tests of the experiments: the command line, in and out of process."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.common.run_dir import RunDir
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    """The config of a run that trains nothing."""
+
+    rate: float = 0.5
+    sizes: tuple[int, ...] = (1, 2)
+    name: str = "toy"
+
+
+@pytest.fixture
+def open_run(tmp_path):
+    """Opens the run directory tmp_path/run for a toy config."""
+
+    def open_run(config=None, experiment="toy train", **kwargs):
+        return RunDir(tmp_path / "run", experiment, config or ToyConfig(), **kwargs)
+
+    return open_run
+
+
+def toy_state():
+    return {"x": jnp.float32(1.0), "count": jnp.int32(0)}
+
+
+def toy_epoch(state, epoch):
+    """A recursion whose every float32 depends on all the epochs before."""
+    x = state["x"] * jnp.float32(1.1) + jnp.float32(0.01) * epoch
+    return {"x": x, "count": state["count"] + 1}, {"loss": x, "square": x * x}
+
+
+@pytest.fixture(scope="session")
+def command_environment(tmp_path_factory):
+    """Environment of subprocesses; they share one compilation cache."""
+    cache = tmp_path_factory.mktemp("compilation-cache")
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.fixture(scope="session")
+def start(command_environment):
+    """Starts `python -m experiments.synthetic ...` as a process."""
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.synthetic", *map(str, arguments)],
+            cwd=ROOT,
+            env=command_environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

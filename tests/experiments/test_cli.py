@@ -1,0 +1,186 @@
+import dataclasses
+import pathlib
+
+import pytest
+
+from experiments.common.cli import Command, RunOptions, main
+from experiments.common.run_dir import RunDirError
+from experiments.common.validation import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the toy."""
+
+    rate: float = 0.5
+    """How fast it goes."""
+    names: tuple[str, ...] = ("a",)
+    """What it is called."""
+    seed: int = 0
+    """Where it starts."""
+
+    def __post_init__(self):
+        require("rate", self.rate, self.rate > 0, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(RunOptions):
+    """Options of the toy."""
+
+    workers: int = 1
+    """How many work at it."""
+
+    def __post_init__(self):
+        require("workers", self.workers, self.workers >= 1, "at least 1")
+
+
+CONFIGS = {"smoke": Config(rate=0.1), "cpu": Config(), "paper": Config(rate=9.0)}
+
+
+@pytest.fixture
+def call():
+    """Runs the toy program; returns its exit code and the calls of its command."""
+
+    def call(*argv, run=None):
+        calls = []
+
+        def toy(invocation):
+            """Do the toy thing."""
+            calls.append(invocation)
+            if run is not None:
+                run(invocation)
+
+        return main(
+            "python -m toy", {"go": Command(CONFIGS, Options, toy)}, argv
+        ), calls
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("argv", "rate"),
+    [
+        ([], 0.5),
+        (["--preset", "smoke"], 0.1),
+        (["--preset=paper"], 9.0),
+        (["--rate", "3", "--preset", "smoke"], 3.0),
+        (["--preset", "smoke", "--rate", "3"], 3.0),
+    ],
+)
+def test_main_preset_gives_defaults_and_flags_override_them(call, argv, rate):
+    code, (invocation,) = call("go", *argv)
+    assert code == 0
+    assert invocation.config == Config(rate=rate)
+    assert type(invocation.config) is Config
+    assert type(invocation.options) is Options
+
+
+def test_main_passes_options_and_the_command_line(call):
+    argv = [
+        "go",
+        "--out",
+        "a dir",
+        "--overwrite",
+        "--workers",
+        "2",
+        "--names",
+        "x",
+        "y",
+    ]
+    _, (invocation,) = call(*argv)
+    assert invocation.options == Options("cpu", pathlib.Path("a dir"), True, 2)
+    assert invocation.config.names == ("x", "y")
+    expected = "python -m toy go --out 'a dir' --overwrite --workers 2 --names x y"
+    assert invocation.command == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rate", "-1"], "error: rate must be positive, got -1.0\n"),
+        (["--workers", "0"], "error: workers must be at least 1, got 0\n"),
+    ],
+)
+def test_main_invalid_value_is_one_line_and_exit_2(call, capsys, argv, message):
+    code, calls = call("go", *argv)
+    assert code == 2
+    assert calls == []
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ([], "Expected one of {go}"),
+        (["stop"], "stop"),
+        (["go", "--rate", "fast"], "--rate"),
+        (["go", "--preset", "huge"], "--preset"),
+        (["go", "--preset"], "--preset"),
+        (["go", "--colour", "red"], "--colour"),
+        (["go", "--pre", "smoke"], "--pre"),
+    ],
+)
+def test_main_unparsable_arguments_exit_2_naming_them(call, capsys, argv, part):
+    with pytest.raises(SystemExit) as exit_:
+        call(*argv)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert "Traceback" not in error
+
+
+def test_main_help_documents_every_field_with_the_presets_default(call, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        call("go", "--preset", "paper", "--help")
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for part in (
+        "Do the toy thing.",
+        "--rate FLOAT",
+        "How fast it goes. (default: 9.0)",
+        "What it is called.",
+        "How many work at it.",
+        "--preset {smoke,cpu,paper}",
+        "--out",
+        "--overwrite",
+    ):
+        assert part in text
+
+
+def test_main_refused_directory_is_one_message_and_exit_2(call, capsys):
+    def run(invocation):
+        raise RunDirError("this one is taken")
+
+    code, _ = call("go", run=run)
+    assert code == 2
+    assert capsys.readouterr().err == "error: this one is taken\n"
+
+
+def test_main_interrupt_says_how_to_go_on_and_exits_130(call, capsys):
+    def run(invocation):
+        raise KeyboardInterrupt
+
+    code, _ = call("go", run=run)
+    assert code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_main_bug_keeps_its_traceback(call):
+    def run(invocation):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        call("go", run=run)
+
+
+def test_run_path_names_what_differs_from_the_preset(call):
+    _, (plain,) = call("go", "--preset", "smoke", "--seed", "3")
+    assert plain.run_path("toy", "go-seed3", ("seed",)) == pathlib.Path(
+        "runs/toy/go-seed3"
+    )
+    _, (changed,) = call("go", "--rate", "2", "--names", "x", "y")
+    assert changed.run_path("toy", "go") == pathlib.Path(
+        "runs/toy/go-rate=2.0-names=x+y"
+    )
+    _, (explicit,) = call("go", "--rate", "2", "--out", "here")
+    assert explicit.run_path("toy", "go") == pathlib.Path("here")

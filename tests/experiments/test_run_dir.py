@@ -1,0 +1,262 @@
+import json
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.common import manifest
+from experiments.common.run_dir import RunDir, RunDirError, discard_run, format_csv
+from tests.experiments.conftest import ToyConfig
+
+
+def contents(directory):
+    return {
+        p.relative_to(directory): p.read_bytes()
+        for p in directory.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_run_dir_new_directory_records_config_and_surroundings(open_run):
+    with open_run(seed=7, command="python -m toy") as run:
+        config = json.loads((run.path / "config.json").read_text())
+        recorded = json.loads((run.path / "manifest.json").read_text())
+    assert config == {
+        "experiment": "toy train",
+        "config": {"rate": 0.5, "sizes": [1, 2], "name": "toy"},
+    }
+    assert recorded["seed"] == 7
+    assert recorded["command"] == "python -m toy"
+    assert recorded["device"]["platform"] == "cpu"
+    assert recorded["cores"] >= 1
+    assert recorded["memory_bytes"] > 2**28
+    assert recorded["packages"]["jax"] == jax.__version__
+    assert recorded["cpu"]
+    assert recorded["wall_time_s"] >= 0
+
+
+def test_run_dir_second_session_adds_up_wall_time(open_run, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with open_run() as run:
+        clock[0] += 5
+        run.save_manifest()
+    clock[0] += 1000
+    with open_run() as run:
+        clock[0] += 3
+        run.finish({"loss": 1.0})
+        assert run.wall_time == 8
+    with open_run() as run:
+        clock[0] += 50
+        assert run.wall_time == 8
+        assert run.manifest()["sessions"] == 2
+        assert run.manifest()["wall_time_s"] == 8
+
+
+def test_run_dir_finished_run_keeps_its_files(open_run):
+    with open_run(command="first") as run:
+        assert not run.finished
+        run.finish({"loss": 1.5})
+    before = contents(run.path)
+    with open_run(command="second") as run:
+        assert run.finished
+        assert run.summary() == {"loss": 1.5}
+    assert contents(run.path) == before
+
+
+def test_run_dir_other_config_is_refused_listing_the_fields(open_run):
+    with open_run() as run:
+        pass
+    before = contents(run.path)
+    with pytest.raises(RunDirError) as error:
+        open_run(ToyConfig(rate=0.25, sizes=(1, 2, 3)))
+    message = str(error.value)
+    assert "rate: 0.5 there, 0.25 asked for" in message
+    assert "sizes: [1, 2] there, [1, 2, 3] asked for" in message
+    assert "name" not in message.split("\n", 1)[1]
+    assert "--out" in message
+    assert "--overwrite" in message
+    assert contents(run.path) == before
+
+
+def test_run_dir_config_of_an_older_version_is_refused_naming_the_new_field(open_run):
+    with open_run() as run:
+        pass
+    identity = json.loads((run.path / "config.json").read_text())
+    del identity["config"]["rate"]
+    (run.path / "config.json").write_text(json.dumps(identity))
+    with pytest.raises(RunDirError, match=r"rate: nothing there, 0\.5 asked for"):
+        open_run()
+
+
+def test_run_dir_other_experiment_is_refused(open_run):
+    with open_run():
+        pass
+    with pytest.raises(RunDirError, match="a run of toy train, not of toy compare"):
+        open_run(experiment="toy compare")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("notes.txt", "mine"),
+        ("config.json", '{"model_type": "another program"}'),
+        ("config.json", "{ cut short"),
+        (".hidden", "mine"),
+    ],
+)
+def test_run_dir_foreign_directory_is_refused_and_untouched(
+    open_run, tmp_path, overwrite, name, text
+):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / name).write_text(text)
+    with pytest.raises(RunDirError, match="not a run directory"):
+        open_run(overwrite=overwrite)
+    assert contents(directory) == {
+        (directory / name).relative_to(directory): text.encode()
+    }
+
+
+def test_run_dir_path_of_a_file_is_refused(open_run, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunDirError, match="is a file"):
+        open_run(overwrite=True)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("leftover", [None, ".lock", ".config.json.17.tmp"])
+def test_run_dir_killed_before_its_config_can_be_entered(open_run, tmp_path, leftover):
+    (tmp_path / "run").mkdir()
+    if leftover is not None:
+        (tmp_path / "run" / leftover).touch()
+    with open_run() as run:
+        assert (run.path / "config.json").exists()
+        assert not list(run.path.glob("*.tmp"))
+
+
+def test_run_dir_overwrite_removes_the_run_and_nothing_else(open_run):
+    with open_run(outputs=("figure.png",)) as run:
+        run.write_metrics([{"epoch": 1.0}])
+        (run.path / "figure.png").write_bytes(b"old")
+        (run.path / "checkpoint").mkdir()
+        (run.path / "checkpoint" / "1").touch()
+        run.finish({"loss": 1.0})
+    (run.path / "notes.txt").write_text("mine")
+    other = ToyConfig(rate=0.25)
+    with open_run(other, overwrite=True, outputs=("figure.png",)) as run:
+        assert not run.finished
+        names = sorted(p.name for p in run.path.iterdir())
+    assert names == [".lock", "config.json", "manifest.json", "notes.txt"]
+    assert (run.path / "notes.txt").read_text() == "mine"
+
+
+def test_discard_run_removes_a_run_and_leaves_other_directories(open_run, tmp_path):
+    with open_run() as run:
+        run.finish({"loss": 1.0})
+        with pytest.raises(RunDirError, match="in use"):
+            discard_run(run.path)
+    discard_run(run.path)
+    assert [p.name for p in run.path.iterdir()] == [".lock"]
+    (tmp_path / "notes.txt").write_text("mine")
+    discard_run(tmp_path)
+    discard_run(tmp_path / "not there")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_run_dir_in_use_is_refused_until_closed(open_run):
+    with open_run() as run:
+        before = contents(run.path)
+        with pytest.raises(RunDirError, match="in use by another process"):
+            open_run(overwrite=True)
+        assert contents(run.path) == before
+    with open_run():
+        pass
+
+
+def test_run_dir_refused_config_frees_the_lock(open_run):
+    with open_run():
+        pass
+    with pytest.raises(RunDirError):
+        open_run(ToyConfig(rate=0.1))
+    with open_run() as run:
+        assert not run.finished
+
+
+def test_run_dir_damaged_summary_says_what_to_do(open_run):
+    with open_run() as run:
+        run.finish({"loss": 1.0})
+    (run.path / "summary.json").write_text("{")
+    with open_run() as run, pytest.raises(RunDirError, match="--overwrite"):
+        run.summary()
+
+
+def test_run_dir_changed_surroundings_warns_on_resume(open_run, capsys):
+    with open_run() as run:
+        recorded = run.manifest()
+    recorded["cpu"] = "another CPU"
+    (run.path / "manifest.json").write_text(json.dumps(recorded))
+    with open_run():
+        pass
+    assert "begun under another cpu" in capsys.readouterr().err
+
+
+def test_format_csv_float32_survives_the_round_trip(open_run):
+    values = np.random.default_rng(0).standard_normal(200).astype(np.float32)
+    values = np.concatenate([values * 1e-20, values, np.float32([np.nan, np.inf, 0])])
+    rows = [{"epoch": float(i + 1), "x": float(v)} for i, v in enumerate(values)]
+    with open_run() as run:
+        run.write_metrics(rows)
+        text = (run.path / "metrics.csv").read_text()
+        read = run.read_metrics()
+    assert np.array_equal(np.float32([r["x"] for r in read]), values, equal_nan=True)
+    assert format_csv(read) == text
+
+
+def test_format_csv_mixed_columns_keeps_order_and_text():
+    rows = [
+        {"method": "erm", "seed": 3, "x": 0.1},
+        {"x": 1.0, "method": "b", "seed": 4},
+    ]
+    assert format_csv(rows) == "method,seed,x\nerm,3,0.1\nb,4,1\n"
+
+
+def test_read_metrics_unreadable_row_gives_nothing(open_run):
+    with open_run() as run:
+        assert run.read_metrics() == []
+        (run.path / "metrics.csv").write_text("epoch,x\n1,2\n2\n")
+        assert run.read_metrics() == []
+
+
+def test_git_revision_outside_of_git_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert manifest.git_revision(tmp_path) is None
+
+
+def test_git_revision_changed_file_is_dirty(tmp_path):
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, *author, *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "first")
+    clean = manifest.git_revision(tmp_path)
+    (tmp_path / "a").write_text("2")
+    dirty = manifest.git_revision(tmp_path)
+    assert clean["dirty"] is False
+    assert dirty == {"revision": clean["revision"], "dirty": True}
+    assert len(clean["revision"]) == 40
+
+
+def test_run_dir_two_paths_do_not_disturb_each_other(tmp_path):
+    with (
+        RunDir(tmp_path / "a", "toy", ToyConfig()),
+        RunDir(tmp_path / "b", "toy", ToyConfig(rate=0.1)) as second,
+    ):
+        assert not second.finished

@@ -1,0 +1,360 @@
+"""The commands as a user types them, killed and interrupted for real."""
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from experiments.common.cli import main
+from experiments.common.run_dir import RunDir
+from experiments.synthetic import commands
+from experiments.synthetic.__main__ import COMMANDS
+from experiments.synthetic.commands import format_table, summarize_seeds
+from experiments.synthetic.config import (
+    PRESETS,
+    CompareConfig,
+    RerunConfig,
+    TrainConfig,
+)
+from experiments.synthetic.training import METRICS
+from tests.experiments.conftest import ROOT
+
+# Long enough to be killed in, checkpoints close enough to be killed in one.
+LONG = ("--preset", "smoke", "--epochs", "160", "--checkpoint-every", "2")
+
+
+def synthetic(*arguments):
+    """Runs a command in this process; returns its exit code."""
+    return main("python -m experiments.synthetic", COMMANDS, list(map(str, arguments)))
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    """Directory of a run that nothing happened to."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start("train", *LONG, "--out", path))
+    return path
+
+
+def read_csv(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def modified(file):
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
+def wait_for_progress(process, path):
+    """Waits until the process has saved something, or has ended."""
+    before = modified(path / "metrics.csv")
+    while modified(path / "metrics.csv") == before and process.poll() is None:
+        time.sleep(0.005)
+
+
+def test_train_killed_five_times_ends_bit_identical(start, undisturbed, tmp_path):
+    path, moment, kills = tmp_path / "run", random.Random(0), 0
+    for attempt in range(5):
+        process = start("train", *LONG, "--out", path)
+        if attempt == 0:
+            time.sleep(moment.uniform(0, 3))  # somewhere in the start
+        else:
+            wait_for_progress(process, path)
+            time.sleep(moment.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 3
+    finish(start("train", *LONG, "--out", path))
+    for name in ("metrics.csv", "summary.json", "config.json"):
+        assert (path / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert not list(path.rglob("*.tmp"))
+    sessions = json.loads((path / "manifest.json").read_text())["sessions"]
+    assert sessions > 1
+
+
+def test_train_interrupted_and_then_damaged_ends_bit_identical(
+    start, undisturbed, tmp_path
+):
+    path = tmp_path / "run"
+    process = start("train", *LONG, "--out", path)
+    for _ in range(3):
+        wait_for_progress(process, path)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert "the same command goes on from there" in err
+    assert "Traceback" not in err
+    assert not (path / "summary.json").exists()
+
+    steps = [int(p.name) for p in (path / "checkpoint").iterdir() if p.name.isdigit()]
+    files = (path / "checkpoint" / str(max(steps))).rglob("*")
+    largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+    with open(largest, "r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    _, err = finish(start("train", *LONG, "--out", path))
+    assert f"{max(steps)} is not usable" in err
+    expected = (undisturbed / "metrics.csv").read_bytes()
+    assert (path / "metrics.csv").read_bytes() == expected
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Directory of `train --preset smoke --seed 1`."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    assert synthetic("train", "--preset", "smoke", "--seed", 1, "--out", path) == 0
+    return path
+
+
+def test_train_writes_the_documented_files(trained):
+    names = {p.name for p in trained.iterdir()} - {".lock"}
+    assert names == {
+        "config.json",
+        "manifest.json",
+        "metrics.csv",
+        "summary.json",
+        "train.png",
+        "checkpoint",
+    }
+    rows = read_csv(trained / "metrics.csv")
+    assert list(rows[0]) == ["epoch", *METRICS]
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary == {
+        "method": "and_mask",
+        "seed": 1,
+        "epochs": 12,
+        **{name: float(rows[-1][name]) for name in METRICS},
+    }
+    manifest = json.loads((trained / "manifest.json").read_text())
+    assert manifest["seed"] == 1
+    assert manifest["command"].startswith("python -m experiments.synthetic train")
+    assert manifest["wall_time_s"] > 0
+
+
+def test_train_finished_is_not_computed_again(trained, capsys):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    assert synthetic("train", "--preset", "smoke", "--seed", 1, "--out", trained) == 0
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+    out = capsys.readouterr().out
+    assert "--overwrite" in out
+    assert "and_mask" in out
+
+
+def test_train_overwrite_discards_the_finished_run(tmp_path, monkeypatch):
+    with RunDir(tmp_path, "synthetic train", TrainConfig()) as run:
+        run.finish({"from": "an older version of the program"})
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_train", stop)
+    assert synthetic("train", "--preset", "smoke", "--out", tmp_path) == 2
+    assert run.finished
+    code = synthetic("train", "--preset", "smoke", "--out", tmp_path, "--overwrite")
+    assert code == 130
+    assert not run.finished
+    assert '"num_envs": 4' in (tmp_path / "config.json").read_text()
+
+
+def test_train_other_config_is_refused_with_exit_2(trained, capsys):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    code = synthetic("train", "--preset", "smoke", "--seed", 2, "--out", trained)
+    assert code == 2
+    assert "seed: 1 there, 2 asked for" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
+
+
+def test_train_foreign_directory_is_refused_with_exit_2(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("mine")
+    code = synthetic("train", "--preset", "smoke", "--out", tmp_path, "--overwrite")
+    assert code == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_train_directory_in_use_is_refused_with_exit_2(start, tmp_path):
+    config = TrainConfig(**PRESETS["smoke"])
+    with RunDir(tmp_path / "run", "synthetic train", config):
+        process = start("train", "--preset", "smoke", "--out", tmp_path / "run")
+        _, err = finish(process, code=2)
+    assert "in use by another process" in err
+    assert "Traceback" not in err
+
+
+def test_compare_writes_table_figure_and_a_run_for_each_method(tmp_path, capsys):
+    methods = ("erm", "and_mask", "geometric_mean")
+    path = tmp_path / "run"
+    arguments = ("compare", "--preset", "smoke", "--methods", *methods, "--out", path)
+    assert synthetic(*arguments) == 0
+    printed = capsys.readouterr().out
+    rows = read_csv(path / "compare.csv")
+    results = json.loads((path / "summary.json").read_text())["results"]
+    for method, result in zip(methods, results, strict=True):
+        assert method in printed
+        history = read_csv(path / method / "metrics.csv")
+        assert [row for row in rows if row["method"] == method] == [
+            {"method": method, **row} for row in history
+        ]
+        assert result["test_accuracy"] == float(history[-1]["test_accuracy"])
+        assert (path / method / "train.png").stat().st_size > 0
+    image = imread(path / "compare.png")
+    assert (path / "compare.png").stat().st_size < 600_000
+    assert image.shape[1] > image.shape[0] > 800
+
+    # A second call finds it finished, sub-runs and all.
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+    assert synthetic(*arguments) == 0
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+    assert capsys.readouterr().out.splitlines()[1:] == printed.splitlines()[1:]
+
+    # Without its summary it is put together again from the methods' runs.
+    table, summary = (path / "compare.csv").read_bytes(), path / "summary.json"
+    expected = json.loads(summary.read_text())
+    for name in ("compare.csv", "summary.json"):
+        (path / name).unlink()
+    before = {p: p.stat().st_mtime_ns for p in (path / "erm" / "checkpoint").rglob("*")}
+    assert synthetic(*arguments) == 0
+    assert (path / "compare.csv").read_bytes() == table
+    assert json.loads(summary.read_text()) == expected
+    assert {
+        p: p.stat().st_mtime_ns for p in (path / "erm" / "checkpoint").rglob("*")
+    } == before
+
+
+def test_rerun_gives_each_seed_what_train_gives_it(start, tmp_path):
+    path, single = tmp_path / "rerun", tmp_path / "train"
+    arguments = ("rerun", "--preset", "smoke", "--seeds", 0, 2, "--workers", 2)
+    out, _ = finish(start(*arguments, "--out", path))
+    finish(start("train", "--preset", "smoke", "--seed", 1, "--out", single))
+    for name in ("metrics.csv", "summary.json", "config.json"):
+        assert (path / "seed1" / name).read_bytes() == (single / name).read_bytes()
+
+    rows = read_csv(path / "seeds.csv")
+    assert [int(row["seed"]) for row in rows] == [0, 1, 2]
+    accuracies = [float(row["test_accuracy"]) for row in rows]
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["seeds"] == 3
+    assert summary["min_test_accuracy"] == min(accuracies)
+    assert summary["mean_test_accuracy"] == pytest.approx(np.mean(accuracies))
+    assert "min_test_accuracy" in out
+
+
+COMPARE = CompareConfig(**PRESETS["smoke"])
+RERUN = RerunConfig(**PRESETS["smoke"], seeds=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "parts"),
+    [
+        ("compare", COMPARE, {m: COMPARE.train_config(m) for m in COMPARE.methods}),
+        ("rerun", RERUN, {f"seed{c.seed}": c for c in RERUN.train_configs()}),
+    ],
+    ids=["compare", "rerun"],
+)
+def test_overwrite_discards_every_part_before_it_trains(
+    command, config, parts, tmp_path, monkeypatch
+):
+    path = tmp_path / "run"
+    with RunDir(path, f"synthetic {command}", config):
+        for name, part in parts.items():
+            with RunDir(path / name, "synthetic train", part) as run:
+                run.finish({"from": "an older version of the program"})
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_train", stop)
+    monkeypatch.setattr(commands, "_run_jobs", stop)
+    seeds = ["--seeds", 0, 1] if command == "rerun" else []
+    arguments = [command, "--preset", "smoke", *seeds, "--out", path, "--overwrite"]
+    assert synthetic(*arguments) == 130
+    assert not list(path.rglob("summary.json"))
+
+
+def test_rerun_killed_goes_on_with_the_seeds_that_are_left(start, tmp_path):
+    path = tmp_path / "rerun"
+    arguments = ("rerun", "--preset", "smoke", "--seeds", 0, 2, "--out", path)
+    process = start(*arguments)
+    while not (path / "seed0" / "summary.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = modified(path / "seed0" / "metrics.csv")
+    time.sleep(0.5)  # the worker notices that its parent is gone
+    finish(start(*arguments))
+    assert modified(path / "seed0" / "metrics.csv") == done
+    assert json.loads((path / "summary.json").read_text())["seeds"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--threshold", "1.5"], "threshold must be in [0, 1], got 1.5"),
+        (["train", "--threshold", "nan"], "threshold must be in [0, 1], got nan"),
+        (["train", "--epochs", "-3"], "epochs must be at least 1, got -3"),
+        (
+            ["compare", "--methods", "erm", "erm"],
+            "methods must be one or more different",
+        ),
+        (["rerun", "--seeds", "5", "1"], "seeds must be in ascending order"),
+        (["rerun", "--workers", "0"], "workers must be at least 1, got 0"),
+    ],
+)
+def test_command_line_invalid_value_exits_2_before_anything(
+    arguments, message, tmp_path, capsys
+):
+    assert synthetic(*arguments, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--method", "irm"], ["compare", "--methods", "irm"], ["search"]],
+)
+def test_command_line_unknown_choice_exits_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        synthetic(*arguments)
+    assert exit_.value.code == 2
+    assert arguments[-1] in capsys.readouterr().err
+
+
+def test_command_line_help_needs_no_jax(start):
+    out, _ = finish(start("compare", "--help"))
+    assert "--methods" in out
+    assert "--preset" in out
+    code = "import experiments.synthetic.__main__, sys; print('jax' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == "False\n"
+
+
+def test_summarize_seeds_counts_those_at_the_bar():
+    results = [{"test_accuracy": a} for a in (0.5, 0.98, 1.0, 0.9799)]
+    summary = summarize_seeds(results)
+    assert summary["solved"] == 2
+    assert summary["solved_share"] == 0.5
+    assert summary["min_test_accuracy"] == 0.5
+    assert summary["mean_test_accuracy"] == pytest.approx(0.864975)
+
+
+def test_format_table_columns_line_up():
+    result = dict.fromkeys(METRICS, 0.5) | {"method": "erm", "seconds": 12.34}
+    lines = format_table([result, result | {"method": "geometric_mean"}]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "50.0%" in lines[2]
+    assert "12.3" in lines[2]

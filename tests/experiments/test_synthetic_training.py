@@ -1,0 +1,263 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import hardvary
+from experiments.synthetic.config import PRESETS, TrainConfig
+from experiments.synthetic.data import (
+    HELD_OUT_ENVS,
+    HELD_OUT_EXAMPLES,
+    TEST_EXAMPLES,
+)
+from experiments.synthetic.model import MLP, init_params, make_apply
+from experiments.synthetic.training import (
+    METRICS,
+    apply_for,
+    dataset_for,
+    epoch_order,
+    make_keys,
+    make_optimizer,
+    make_schedule,
+    make_trainer,
+)
+
+# Spelled out, so that the tests do not depend on the recipe.
+SMOKE = {
+    **PRESETS["smoke"],
+    "learning_rate": 1e-2,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "threshold": 1.0,
+    "rescale": True,
+    "l2": 1e-3,
+}
+
+
+def config(**changes):
+    return TrainConfig(**{**SMOKE, **changes})
+
+
+def run(config, epochs=2):
+    """State and metrics after some epochs, without a run directory."""
+    trainer, keys = make_trainer(config), make_keys(config.seed)
+    dataset = dataset_for(config, config.seed)
+    state = trainer.init(keys)
+    for epoch in range(epochs):
+        state, metrics = trainer.epoch(state, dataset, keys.batches, epoch)
+    return state, metrics
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_trees_close(first, second, **tolerance):
+    for a, b in zip(leaves(first), leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+def test_init_params_follows_the_authors_initialisation():
+    params = init_params(jax.random.key(0), 20, 256, 3)
+    model = nnx.merge(nnx.graphdef(MLP(20, 256, 3, rngs=nnx.Rngs(0))), params)
+    assert len(model.layers) == 4
+    for layer, fan_in in zip(model.layers, (20, 256, 256, 256), strict=True):
+        weights = np.asarray(layer.kernel[...])
+        assert weights.shape[0] == fan_in
+        deviation = np.sqrt(2 / fan_in)
+        assert abs(weights.std() / deviation - 1) < 4 / np.sqrt(2 * weights.size)
+        assert (np.asarray(layer.bias[...]) == np.float32(0.01)).all()
+    # Not truncated: some of 65536 normal numbers lie beyond three deviations.
+    assert np.abs(model.layers[1].kernel[...]).max() > 3 * np.sqrt(2 / 256)
+
+
+def test_make_apply_is_an_mlp_with_leaky_relu():
+    params = init_params(jax.random.key(1), 3, 8, 2)
+    features = jax.random.normal(jax.random.key(2), (5, 4, 3))
+    expected = features
+    layers = [params["layers"][i] for i in range(3)]
+    for i, layer in enumerate(layers):
+        expected = expected @ layer["kernel"][...] + layer["bias"][...]
+        if i < 2:
+            expected = jnp.where(expected > 0, expected, 0.01 * expected)
+    logits = make_apply(3, 8, 2)(params, features)
+    assert logits.shape == (5, 4)
+    np.testing.assert_allclose(logits, expected[..., 0], rtol=1e-5, atol=1e-6)
+
+
+def test_make_keys_are_independent_and_reproducible():
+    keys = [tuple(jax.random.key_data(k).tolist()) for k in make_keys(3)]
+    again = [tuple(jax.random.key_data(k).tolist()) for k in make_keys(3)]
+    assert keys == again
+    assert len({*keys, tuple(jax.random.key_data(make_keys(4).data).tolist())}) == 4
+
+
+def test_epoch_order_shuffles_every_environment_on_its_own():
+    order = np.asarray(epoch_order(jax.random.key(0), config(batch_size=30)))
+    assert order.shape == (2, 4, 30)
+    per_env = order.swapaxes(0, 1).reshape(4, -1)
+    for row in per_env:
+        assert len(set(row)) == 60
+        assert set(row) <= set(range(64))
+    assert len({tuple(row) for row in per_env}) == 4
+    other = np.asarray(epoch_order(jax.random.key(1), config(batch_size=30)))
+    assert (order != other).any()
+
+
+def test_make_schedule_step_drops_at_half_and_three_quarters():
+    schedule = make_schedule(config(epochs=8, learning_rate=0.1))
+    rates = [float(schedule(epoch * 2)) for epoch in range(8)]
+    np.testing.assert_allclose(rates, [0.1] * 4 + [0.01] * 2 + [0.001] * 2, rtol=1e-5)
+
+
+def test_make_schedule_others_do_what_they_say():
+    constant = make_schedule(config(schedule="constant", learning_rate=0.1))
+    cosine = make_schedule(config(schedule="cosine", epochs=8, learning_rate=0.1))
+    assert float(constant(0)) == float(constant(1000)) == pytest.approx(0.1)
+    assert float(cosine(0)) == pytest.approx(0.1)
+    assert float(cosine(8)) == pytest.approx(0.05)
+    assert float(cosine(16)) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("method", ["erm", "and_mask", "geometric_mean"])
+def test_epoch_reports_every_metric_in_its_range(method):
+    _, metrics = run(config(method=method))
+    assert set(metrics) == set(METRICS)
+    for name in ("train_accuracy", "held_out_accuracy", "test_accuracy"):
+        assert 0 <= float(metrics[name]) <= 1
+    if method == "erm":
+        assert float(metrics["kept_fraction"]) == 1
+    else:
+        assert 0 < float(metrics["kept_fraction"]) < 1
+    assert float(metrics["loss"]) > 0
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01)
+
+
+def test_epoch_accuracies_are_those_of_the_splits():
+    c = config(method="erm")
+    state, metrics = run(c, epochs=3)
+    dataset, apply = dataset_for(c, c.seed), apply_for(c)
+    for name, size in (
+        ("train", 4 * 64),
+        ("held_out", HELD_OUT_ENVS * HELD_OUT_EXAMPLES),
+        ("test", TEST_EXAMPLES),
+    ):
+        split = getattr(dataset, name)
+        logits = np.asarray(apply(state.params, split.features))
+        right = (logits > 0) == np.asarray(split.labels)
+        assert right.size == size
+        assert float(metrics[f"{name}_accuracy"]) == pytest.approx(
+            right.mean(), abs=1e-6
+        )
+
+
+def test_epoch_erm_is_plain_training_on_all_environments():
+    c = config(method="erm", l2=1e-2)
+    state, _ = run(c, epochs=2)
+
+    dataset, apply, keys = dataset_for(c, 0), apply_for(c), make_keys(0)
+    params = make_trainer(c).init(keys).params
+    plain = optax.chain(
+        optax.add_decayed_weights(1e-2), optax.adam(optax.constant_schedule(1e-2))
+    )
+    opt_state = plain.init(params)
+
+    @jax.jit
+    def step(params, opt_state, features, labels):
+        def loss(params):
+            logits = apply(params, features)
+            return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+
+        updates, opt_state = plain.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for epoch in range(2):
+        for rows in epoch_order(jax.random.fold_in(keys.batches, epoch), c):
+            index = np.arange(4)[:, None], np.asarray(rows)
+            features = dataset.train.features[index].reshape(-1, 6)
+            labels = dataset.train.labels[index].reshape(-1)
+            params, opt_state = step(params, opt_state, features, labels)
+    assert_trees_close(state.params, params, rtol=1e-3, atol=1e-5)
+
+
+def test_epoch_and_mask_at_threshold_zero_is_erm():
+    erm, _ = run(config(method="erm"))
+    masked, _ = run(config(method="and_mask", threshold=0.0))
+    assert_trees_close(erm.params, masked.params, rtol=1e-4, atol=1e-6)
+
+
+def test_epoch_oracle_changes_nothing_but_speed():
+    # Adam would blow rounding differences up to whole steps.
+    plain = {"optimizer": "sgd", "threshold": 0.5}
+    reference, _ = run(config(**plain), epochs=1)
+    other, _ = run(config(**plain, oracle="vmap"), epochs=1)
+    assert_trees_close(reference.params, other.params, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "erm"},
+        {"method": "geometric_mean"},
+        {"threshold": 0.5},
+        {"rescale": False},
+        {"max_rescale": 1.1},
+        {"l2": 0.1},
+        {"l1": 0.1},
+        {"weight_decay": 0.1},
+        {"optimizer": "sgd"},
+        {"b1": 0.5},
+        {"b2": 0.9},
+        {"eps": 0.1},
+        {"learning_rate": 0.1},
+        {"schedule": "cosine"},
+    ],
+    ids=str,
+)
+def test_make_optimizer_every_setting_has_an_effect(change):
+    assert (two_updates(config()) != two_updates(config(**change))).any()
+
+
+def two_updates(config):
+    """The second of two different updates, for gradients of four environments."""
+    params = jax.random.normal(jax.random.key(0), (50,))
+    grads = jax.random.normal(jax.random.key(1), (2, 4, 50)) + 0.5
+    optimizer = make_optimizer(config)
+    state = optimizer.init(params)
+    for stacked in grads:
+        stats = hardvary.grad_stats(
+            lambda p, g: p @ g, stats=("mean", "sign", "log_abs")
+        )(params, stacked)
+        updates, state = optimizer.update(stats, state, params)
+    return np.asarray(updates)
+
+
+def test_make_optimizer_weight_decay_also_shrinks_masked_weights():
+    c = config(weight_decay=0.5, l2=0.0, optimizer="sgd", learning_rate=0.1)
+    optimizer = make_optimizer(c)
+    params = {"w": jnp.array([2.0, -4.0])}
+    opposed = {"w": jnp.array([[1.0, -1.0], [-1.0, 1.0]])}
+    updates, _ = optimizer.update(opposed, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1, 0.2], rtol=1e-6)
+
+
+def test_make_trainer_compiles_once_for_all_epochs_and_seeds():
+    c = config(hidden_units=9)  # a setting that no other test uses
+    trainer = make_trainer(c)
+    for seed in (0, 1, 2):
+        seeded = dataclasses.replace(c, seed=seed, checkpoint_every=seed + 1)
+        assert make_trainer(seeded) is trainer
+        run(seeded, epochs=3)
+    assert trainer.epoch._cache_size() == 1
+    assert trainer.init._cache_size() == 1
+
+
+def test_run_same_seed_gives_the_same_bits():
+    (first, a), (second, b) = run(config(seed=5)), run(config(seed=5))
+    for x, y in zip(leaves((first, a)), leaves((second, b)), strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -1,0 +1,214 @@
+"""The edge cases that the aggregators' docstrings promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hardvary
+from tests._asserts import assert_trees_equal
+from tests._inputs import (
+    AGGREGATORS,
+    STATISTICS,
+    aggregate,
+    make_grads,
+    make_params,
+    num_envs_of,
+)
+
+every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
+non_finite = pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+
+
+@every_aggregator
+@pytest.mark.parametrize("shape", ["no_leaves", "only_zero_size"])
+def test_aggregators_without_components_report_nothing_kept(name, shape):
+    _, kept_fraction = aggregate(AGGREGATORS[name](0.5), make_grads(shape, 3))
+    assert float(kept_fraction) == 0
+
+
+@every_aggregator
+@pytest.mark.parametrize("rescale", [False, True], ids=["plain", "rescaled"])
+def test_aggregators_on_zero_gradients_return_zeros(name, rescale):
+    tx = AGGREGATORS[name](0.5, rescale=rescale)
+    updates, _ = aggregate(tx, make_grads("nested", 4, scale=0.0))
+    zeros = jax.tree.map(jnp.zeros_like, make_params("nested"))
+    assert_trees_equal(updates, zeros)
+
+
+@pytest.mark.parametrize("name", ["and_mask", "geometric_mean", "sand_mask"])
+def test_aggregators_with_nothing_agreed_return_zeros_when_rescaled(name):
+    grads = jnp.array([[1.0, -2.0], [-3.0, 4.0]])
+    updates, kept_fraction = aggregate(AGGREGATORS[name](1.0, rescale=True), grads)
+    np.testing.assert_array_equal(updates, [0, 0])
+    assert float(kept_fraction) == 0
+
+
+def test_and_mask_rescale_acts_leaf_by_leaf():
+    grads = {
+        "half": jnp.array([[1.0, 1.0], [1.0, -3.0]]),
+        "all": jnp.array([[1.0, 2.0], [3.0, 4.0]]),
+    }
+    updates, kept_fraction = aggregate(hardvary.and_mask(1.0, rescale=True), grads)
+    np.testing.assert_array_equal(updates["half"], [2, 0])
+    np.testing.assert_array_equal(updates["all"], [2, 3])
+    assert float(kept_fraction) == 0.75
+
+
+@pytest.mark.parametrize("name", ["and_mask", "geometric_mean"])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_aggregators_on_one_environment_return_its_gradient(name, threshold):
+    grads = jnp.array([[1.0, -2.0, 0.0, 0.25]])
+    updates, kept_fraction = aggregate(AGGREGATORS[name](threshold), grads)
+    np.testing.assert_allclose(updates, grads[0], rtol=1e-6)
+    # Nobody votes on a zero gradient.
+    assert float(kept_fraction) == (1.0 if threshold == 0 else 0.75)
+
+
+def test_sand_mask_on_one_environment_is_the_step():
+    grads = jnp.array([[1.0, -2.0, 0.0, 0.25]])
+    updates, kept_fraction = aggregate(
+        hardvary.sand_mask(0.5, 1.0, rescale=False), grads
+    )
+    np.testing.assert_array_equal(updates, grads[0])
+    assert float(kept_fraction) == 0.75
+
+
+def test_and_mask_zero_gradient_lowers_the_agreement():
+    grads = jnp.array([[1.0], [1.0], [0.0]])
+    np.testing.assert_allclose(hardvary.agreement(grads), [2 / 3], rtol=1e-6)
+    assert float(aggregate(hardvary.and_mask(0.7), grads)[0][0]) == 0
+    assert float(aggregate(hardvary.and_mask(0.6), grads)[0][0]) > 0
+
+
+def test_xor_mask_threshold_zero_keeps_nothing():
+    updates, kept_fraction = aggregate(hardvary.xor_mask(0.0), make_grads("array", 4))
+    np.testing.assert_array_equal(updates, np.zeros(7))
+    assert float(kept_fraction) == 0
+
+
+def test_sand_mask_threshold_one_keeps_nothing():
+    updates, kept_fraction = aggregate(
+        hardvary.sand_mask(1.0, 1.0), jnp.array([[1.0, 2.0], [1.0, 3.0]])
+    )
+    np.testing.assert_array_equal(updates, [0, 0])
+    assert float(kept_fraction) == 0
+
+
+def test_sand_mask_rescale_divides_by_the_mean_of_the_mask():
+    grads = jnp.array([[1.0, 2.0], [3.0, -1.0]])  # variance 2 and 4.5
+    mask = np.tanh(0.5 / 2)
+    plain, kept_fraction = aggregate(hardvary.sand_mask(0.5, 1.0, rescale=False), grads)
+    rescaled, _ = aggregate(hardvary.sand_mask(0.5, 1.0), grads)
+    np.testing.assert_allclose(plain, [2 * mask, 0], rtol=1e-6)
+    np.testing.assert_allclose(rescaled, [4, 0], rtol=1e-6)
+    np.testing.assert_allclose(kept_fraction, mask / 2, rtol=1e-6)
+
+
+def test_geometric_mean_eps_enters_the_logarithm():
+    grads = jnp.array([[1.0], [0.0]])
+    updates, _ = aggregate(hardvary.geometric_mean(0.0, eps=0.25), grads)
+    np.testing.assert_allclose(updates, [np.sqrt(1.25 * 0.25)], rtol=1e-6)
+
+
+def test_geometric_mean_of_tiny_and_huge_gradients_does_not_overflow():
+    grads = jnp.array([[1e30, 1e-30], [1e30, 1e-30], [1e-9, 1e-30]])
+    updates, _ = aggregate(hardvary.geometric_mean(1.0), grads)
+    np.testing.assert_allclose(updates, [(1e51 * 1.1) ** (1 / 3), 1e-10], rtol=1e-4)
+
+
+@every_aggregator
+@non_finite
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("rescale", [False, True], ids=["plain", "rescaled"])
+def test_aggregators_on_non_finite_gradients_return_nan_there_only(
+    name, value, threshold, rescale
+):
+    grads = make_grads("array", 4)
+    broken = grads.at[2, 5].set(value)
+    tx = AGGREGATORS[name](threshold, rescale=rescale)
+    updates, kept_fraction = aggregate(tx, broken)
+    np.testing.assert_array_equal(np.isnan(updates), np.arange(7) == 5)
+    assert np.isfinite(kept_fraction)
+
+
+@every_aggregator
+@non_finite
+@pytest.mark.parametrize("method", ["vmap", "scan"])
+def test_aggregators_on_grad_stats_of_non_finite_gradients_return_nan(
+    name, value, method
+):
+    # One environment has a non-finite gradient, of one component.
+    inputs = make_grads("array", 4).at[2, 5].set(value)
+    oracle = hardvary.grad_stats(
+        lambda w, g: jnp.sum(w * g), stats=STATISTICS, method=method
+    )
+    tx = AGGREGATORS[name](0.5, rescale=True)
+    updates, kept_fraction = aggregate(tx, oracle(jnp.zeros(7), inputs))
+    np.testing.assert_array_equal(np.isnan(updates), np.arange(7) == 5)
+    assert np.isfinite(kept_fraction)
+
+
+@non_finite
+def test_agreement_on_non_finite_gradients_is_nan_there_only(value):
+    grads = make_grads("array", 4).at[2, 5].set(value)
+    np.testing.assert_array_equal(
+        np.isnan(hardvary.agreement(grads)), np.arange(7) == 5
+    )
+
+
+@every_aggregator
+def test_aggregators_on_numpy_gradients_equal_those_on_jax_arrays(name):
+    grads = make_grads("nested", 3)
+    tx = AGGREGATORS[name](0.5)
+    actual = aggregate(tx, jax.tree.map(np.asarray, grads), make_params("nested"))
+    assert_trees_equal(actual, aggregate(tx, grads, make_params("nested")))
+
+
+@every_aggregator
+def test_aggregators_on_handmade_grad_stats_accept_a_python_count(name):
+    grads = make_grads("array", 4)
+    stats = hardvary.GradStats(
+        mean=grads.mean(0),
+        sign_sum=jnp.sign(grads).sum(0),
+        square_mean=jnp.square(grads).mean(0),
+        log_abs_mean=jnp.log(jnp.abs(grads) + 1e-10).mean(0),
+        num_envs=num_envs_of(grads),
+    )
+    updates, _ = aggregate(AGGREGATORS[name](0.5), stats)
+    expected, _ = aggregate(AGGREGATORS[name](0.5), grads)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [list, np.array, lambda w: np.array(w, np.int32), lambda w: np.array(w) > 0],
+    ids=["list", "float64", "int", "bool"],
+)
+def test_and_mask_env_weights_of_any_real_type_weigh(make):
+    grads = make_grads("array", 3)
+    weights = make([1, 0, 1])
+    updates, _ = aggregate(hardvary.and_mask(0.5), grads, env_weights=weights)
+    expected, _ = aggregate(hardvary.and_mask(0.5), grads[np.array([0, 2])])
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+def test_and_mask_float64_weights_are_used_in_full():
+    with jax.enable_x64(True):
+        grads = jnp.ones((3, 2), jnp.float64)
+        weights = jnp.full(3, 0.1, jnp.float64)
+        updates, _ = aggregate(hardvary.and_mask(1.0), grads, env_weights=weights)
+        agreement = hardvary.agreement(grads, env_weights=weights)
+    np.testing.assert_allclose(updates, [1, 1], rtol=1e-15)
+    np.testing.assert_allclose(agreement, [1, 1], rtol=1e-15)
+
+
+def test_and_mask_max_rescale_may_be_traced():
+    grads = jnp.array([[1.0, 1.0, 1.0, 1.0], [1.0, -3.0, -3.0, -3.0]])
+    run = jax.jit(
+        lambda cap: aggregate(
+            hardvary.and_mask(1.0, rescale=True, max_rescale=cap), grads
+        )[0]
+    )
+    np.testing.assert_array_equal(run(2.5), [2.5, 0, 0, 0])
+    np.testing.assert_array_equal(run(9.0), [4, 0, 0, 0])

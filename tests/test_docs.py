@@ -1,0 +1,143 @@
+"""Documentation: complete, and its code runs."""
+
+import contextlib
+import dataclasses
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import hardvary
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = [
+    path
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    if path.exists()
+]
+PUBLIC = [getattr(hardvary, name) for name in hardvary.__all__]
+public_names = pytest.mark.parametrize("name", hardvary.__all__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    language: str
+    line: int
+    code: str
+
+
+def blocks(path):
+    """Fenced blocks of a Markdown file."""
+    found, language, start, lines = [], None, 0, []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        fence = re.match(r"\s*```(.*)", line)
+        if fence and language is None:
+            language, start, lines = fence.group(1).strip(), number, []
+        elif fence:
+            found.append(Block(language, start, "\n".join(lines)))
+            language = None
+        elif language is not None:
+            lines.append(line)
+    assert language is None, f"{path}:{start}: a fence that is never closed"
+    return found
+
+
+@public_names
+def test_docstring_of_a_public_name_is_complete(name):
+    thing = getattr(hardvary, name)
+    doc = inspect.getdoc(thing)
+    assert doc
+    if not inspect.isfunction(thing):
+        assert "Attributes:" in doc
+        return
+    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert section in doc, section
+    # In this order, with an example that the doctests run.
+    positions = [doc.index(s) for s in ("Args:", "Returns:", "Raises:", "Example:")]
+    assert positions == sorted(positions)
+    assert ">>>" in doc
+
+
+@public_names
+def test_docstring_names_every_argument(name):
+    thing = getattr(hardvary, name)
+    doc = inspect.getdoc(thing)
+    if inspect.isfunction(thing):
+        names = inspect.signature(thing).parameters
+    elif dataclasses.is_dataclass(thing):
+        names = [field.name for field in dataclasses.fields(thing)]
+    else:
+        names = thing._fields
+    for argument in names:
+        assert re.search(rf"^\s*{argument}: ", doc, re.MULTILINE), argument
+
+
+@public_names
+def test_api_page_mentions_every_public_name(name):
+    assert re.search(rf"\b{name}\b", (ROOT / "docs" / "api.md").read_text())
+
+
+def test_all_is_sorted_and_lists_what_the_package_exports():
+    assert sorted(hardvary.__all__) == hardvary.__all__
+    exported = {
+        name
+        for name, value in vars(hardvary).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert exported == set(hardvary.__all__)
+
+
+def test_import_needs_jax_optax_and_numpy_alone():
+    heavy = ("flax", "orbax", "matplotlib", "tyro", "tqdm", "optuna", "torch", "pandas")
+    code = f"import sys, hardvary; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_readme_shows_python_code_and_the_change_as_a_diff():
+    languages = {block.language for block in blocks(ROOT / "README.md")}
+    assert {"python", "diff"} <= languages
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_code_block_says_its_language(path):
+    unknown = [
+        (block.line, block.language)
+        for block in blocks(path)
+        if block.language not in {"python", "bash", "text", "diff", "toml", "json"}
+    ]
+    assert unknown == []
+
+
+def with_python(paths):
+    return [path for path in paths if any(b.language == "python" for b in blocks(path))]
+
+
+@pytest.mark.parametrize("path", with_python(FILES), ids=lambda path: path.name)
+@pytest.mark.usefixtures("standard_promotion")
+def test_python_blocks_of_a_page_run_in_order(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    with jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(None):
+        for block in blocks(path):
+            if block.language == "python":
+                # The line numbers of a traceback are those of the page.
+                source = "\n" * block.line + block.code
+                exec(compile(source, str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_relative_links_of_a_page_lead_somewhere(path):
+    targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", path.read_text())
+    missing = [t for t in targets if not (path.parent / t).exists()]
+    assert missing == []

@@ -1,0 +1,226 @@
+"""Environments spread over devices or mapped axes equal those on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import hardvary
+from tests._asserts import assert_trees_close
+from tests._inputs import AGGREGATORS, STATISTICS
+
+NUM_ENVS = 16
+every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
+every_method = pytest.mark.parametrize("method", ["vmap", "scan"])
+check_vma = pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    assert jax.device_count() == 8
+    return jax.make_mesh((8,), ("env",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.1)}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(NUM_ENVS, 5, 3)), jnp.float32)
+
+
+def loss_fn(params, x, shift=1.0):
+    return jnp.mean((x @ params["w"] + params["b"] - shift) ** 2)
+
+
+def on_one_device(name, params, batch, env_weights=None):
+    tx = AGGREGATORS[name](0.5, rescale=True)
+    extra = {} if env_weights is None else {"env_weights": env_weights}
+    return tx.update(
+        hardvary.per_env_grad(loss_fn)(params, batch), tx.init(params), params, **extra
+    )
+
+
+def statistics_of(stats):
+    """What a GradStats says, apart from how it came about."""
+    names = ("mean", "sign_sum", "square_mean", "log_abs_mean", "num_envs")
+    return {name: getattr(stats, name) for name in names}
+
+
+def over_devices(function, mesh, in_specs, check_vma, out_specs=None):
+    return jax.jit(
+        jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=P() if out_specs is None else out_specs,
+            check_vma=check_vma,
+        )
+    )
+
+
+@every_aggregator
+@check_vma
+@pytest.mark.parametrize("route", ["stacked", "vmap", "scan"])
+def test_aggregator_with_axis_name_in_shard_map_equals_one_device(
+    mesh, params, batch, name, route, check_vma
+):
+    def update(params, batch):
+        if route == "stacked":
+            grads = hardvary.per_env_grad(loss_fn)(params, batch)
+        else:
+            # Parameters are the same everywhere, and jax sums the gradient of such
+            # over devices by itself: no sign would be left to count.
+            grads = hardvary.grad_stats(loss_fn, stats=STATISTICS, method=route)(
+                params, batch
+            )
+        tx = AGGREGATORS[name](0.5, rescale=True, axis_name="env")
+        return tx.update(grads, tx.init(params), params)
+
+    actual = over_devices(update, mesh, (P(), P("env")), check_vma)(params, batch)
+    assert_trees_close(actual, on_one_device(name, params, batch))
+
+
+@every_method
+@check_vma
+def test_grad_stats_with_axis_name_in_shard_map_equal_one_device(
+    mesh, params, batch, method, check_vma
+):
+    settings = {"stats": STATISTICS, "method": method}
+    oracle = hardvary.value_and_grad_stats(loss_fn, axis_name="env", **settings)
+    run = over_devices(oracle, mesh, (P(), P("env")), check_vma, (P("env"), P()))
+    losses, stats = run(params, batch)
+    expected = hardvary.value_and_grad_stats(loss_fn, **settings)(params, batch)
+    assert_trees_close(losses, expected[0])
+    assert_trees_close(statistics_of(stats), statistics_of(expected[1]))
+
+
+@every_aggregator
+@check_vma
+def test_axis_name_on_oracle_and_aggregator_counts_nobody_twice(
+    mesh, params, batch, name, check_vma
+):
+    def update(params, batch):
+        oracle = hardvary.grad_stats(loss_fn, stats=STATISTICS, axis_name="env")
+        tx = AGGREGATORS[name](0.5, rescale=True, axis_name="env")
+        return tx.update(oracle(params, batch), tx.init(params), params)
+
+    actual = over_devices(update, mesh, (P(), P("env")), check_vma)(params, batch)
+    assert_trees_close(actual, on_one_device(name, params, batch))
+
+
+@check_vma
+@pytest.mark.parametrize("route", ["stacked", "scan"])
+def test_aggregator_with_all_environments_of_a_device_absent_ignores_it(
+    mesh, params, batch, route, check_vma
+):
+    weights = jnp.where(jnp.arange(NUM_ENVS) < 11, 1.0, 0.0)
+    broken = jnp.where(weights[:, None, None] > 0, batch, jnp.nan)
+
+    def update(params, batch, weights):
+        tx = hardvary.and_mask(0.5, rescale=True, axis_name="env")
+        state = tx.init(params)
+        if route == "stacked":
+            grads = hardvary.per_env_grad(loss_fn)(params, batch)
+            return tx.update(grads, state, params, env_weights=weights)
+        stats = hardvary.grad_stats(loss_fn)(params, batch, env_weights=weights)
+        return tx.update(stats, state, params)
+
+    run = over_devices(update, mesh, (P(), P("env"), P("env")), check_vma)
+    expected = on_one_device("and_mask", params, batch[:11])
+    assert_trees_close(run(params, broken, weights), expected)
+
+
+@pytest.mark.parametrize("source", ["keyword", "closure"])
+@every_method
+def test_grad_stats_with_device_dependence_outside_the_batch_equal_one_device(
+    mesh, params, batch, method, source
+):
+    # The batch is the same on every device; the target is not.
+    shifts = jnp.arange(8.0)
+
+    def run(params, batch, shift):
+        if source == "keyword":
+            oracle = hardvary.grad_stats(loss_fn, method=method, axis_name="env")
+            return oracle(params, batch, shift=shift[0])
+        loss = functools.partial(loss_fn, shift=shift[0])
+        return hardvary.grad_stats(loss, method=method, axis_name="env")(params, batch)
+
+    actual = over_devices(run, mesh, (P(), P(), P("env")), True)(
+        params, batch[:2], shifts
+    )
+    everything = (jnp.tile(batch[:2], (8, 1, 1)), jnp.repeat(shifts, 2))
+    expected = hardvary.grad_stats(lambda p, b: loss_fn(p, b[0], shift=b[1]))(
+        params, everything
+    )
+    assert_trees_close(statistics_of(actual), statistics_of(expected))
+
+
+@every_aggregator
+@pytest.mark.parametrize("where", ["oracle", "aggregator", "both"])
+def test_axis_name_under_vmap_equals_one_axis(params, batch, name, where):
+    groups = batch.reshape(4, 4, 5, 3)
+
+    def update(batch):
+        oracle = hardvary.grad_stats(
+            loss_fn,
+            stats=STATISTICS,
+            axis_name=None if where == "aggregator" else "group",
+        )
+        tx = AGGREGATORS[name](
+            0.5, rescale=True, axis_name=None if where == "oracle" else "group"
+        )
+        return tx.update(oracle(params, batch), tx.init(params), params)
+
+    every_group = jax.jit(jax.vmap(update, axis_name="group"))(groups)
+    expected = on_one_device(name, params, batch)
+    for group in range(4):
+        assert_trees_close(
+            jax.tree.map(lambda leaf, group=group: leaf[group], every_group), expected
+        )
+
+
+def test_axis_name_of_several_axes_in_shard_map_equals_one_device(params, batch):
+    mesh = jax.make_mesh(
+        (2, 4), ("host", "chip"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    axes = ("host", "chip")
+
+    def update(params, batch):
+        stats = hardvary.grad_stats(loss_fn, axis_name=axes)(params, batch)
+        tx = hardvary.and_mask(0.5, rescale=True)
+        return tx.update(stats, tx.init(params), params)
+
+    actual = over_devices(update, mesh, (P(), P(axes)), True)(params, batch)
+    assert_trees_close(actual, on_one_device("and_mask", params, batch))
+
+
+@every_method
+def test_grad_stats_of_a_sharded_batch_under_plain_jit_equal_one_device(
+    mesh, params, batch, method
+):
+    sharded = jax.device_put(batch, NamedSharding(mesh, P("env")))
+    oracle = jax.jit(
+        hardvary.value_and_grad_stats(loss_fn, stats=STATISTICS, method=method)
+    )
+    assert_trees_close(oracle(params, sharded), oracle(params, batch))
+
+
+@every_method
+def test_grad_stats_of_an_explicitly_sharded_batch_equal_one_device(
+    params, batch, method
+):
+    # Explicit axes are what jax.make_mesh makes unless told otherwise.
+    mesh = jax.make_mesh((8,), ("env",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharded = jax.device_put(batch, NamedSharding(mesh, P("env")))
+    oracle = jax.jit(hardvary.grad_stats(loss_fn, method=method))
+    with jax.set_mesh(mesh):
+        actual = oracle(params, sharded)
+    assert_trees_close(actual, oracle(params, batch))
