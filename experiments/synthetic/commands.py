@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -23,7 +23,7 @@ from experiments.synthetic.config import (
     TrainConfig,
 )
 from experiments.synthetic.data import Dataset
-from experiments.synthetic.figures import Trained, draw
+from experiments.synthetic.figures import Trained, draw, draw_seeds
 from experiments.synthetic.training import METRICS, dataset_for
 from experiments.synthetic.training import train as train_to_the_end
 
@@ -32,6 +32,7 @@ TRAIN_FIGURE = "train.png"
 COMPARE_FIGURE = "compare.png"
 COMPARE_TABLE = "compare.csv"
 SEEDS_TABLE = "seeds.csv"
+SEEDS_FIGURE = "seeds.png"
 SOLVED = 0.98  # of the o.o.d. test set
 
 
@@ -105,7 +106,7 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
         config,
         command=call.command,
         overwrite=options.overwrite,
-        outputs=(SEEDS_TABLE,),
+        outputs=(SEEDS_TABLE, SEEDS_FIGURE),
     ) as run:
         _announce(run)
         jobs = [
@@ -115,36 +116,45 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
         if options.overwrite:
             _discard(path for path, _, _ in jobs)
         if not run.finished:
-            results = _run_jobs(jobs, options.workers)
+            outcomes = _run_jobs(jobs, options.workers)
+            results = [outcome.result for outcome in outcomes]
             run.write_metrics(results, SEEDS_TABLE)
+            curves = [outcome.test_accuracy for outcome in outcomes]
+            run.save_figure(SEEDS_FIGURE, draw_seeds(config.method, curves, SOLVED))
             run.finish({"method": config.method, **summarize_seeds(results)})
         for name, value in run.summary().items():
             print(f"{name:>24}  {value}")
         print(f"Every seed: {run.path / SEEDS_TABLE}")
+        print(f"Figure: {run.path / SEEDS_FIGURE}")
 
 
 Job = tuple[Path, TrainConfig, str]
 
 
-def _run_jobs(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
-    """Results of all jobs, by seed."""
-    results: list[dict[str, Any]] = []
+class Outcome(NamedTuple):
+    """What one seed came to: its summary, and o.o.d. test accuracy by epoch."""
+
+    result: dict[str, Any]
+    test_accuracy: list[float]
+
+
+def _run_jobs(jobs: Sequence[Job], workers: int) -> list[Outcome]:
+    """Outcomes of all jobs, by seed."""
+    outcomes: list[Outcome] = []
     with tqdm(total=len(jobs), unit="seed", smoothing=0) as bar:
-        for result in _results_as_they_come(jobs, min(workers, len(jobs))):
-            results.append(result)
-            solved = sum(r["test_accuracy"] >= SOLVED for r in results)
-            worst = min(r["test_accuracy"] for r in results)
-            shown = {"solved": f"{solved}/{len(results)}", "worst": f"{worst:.1%}"}
+        for outcome in _outcomes_as_they_come(jobs, min(workers, len(jobs))):
+            outcomes.append(outcome)
+            final = [outcome.result["test_accuracy"] for outcome in outcomes]
+            solved = sum(accuracy >= SOLVED for accuracy in final)
+            shown = {"solved": f"{solved}/{len(final)}", "worst": f"{min(final):.1%}"}
             bar.set_postfix(shown, refresh=False)
             bar.update()
-    return sorted(results, key=lambda result: result["seed"])
+    return sorted(outcomes, key=lambda outcome: outcome.result["seed"])
 
 
-def _results_as_they_come(
-    jobs: Sequence[Job], workers: int
-) -> Iterator[dict[str, Any]]:
+def _outcomes_as_they_come(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
     waiting = iter(jobs)
-    running: set[Future[dict[str, Any]]] = set()
+    running: set[Future[Outcome]] = set()
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _begin_worker
     ) as pool:
@@ -174,11 +184,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_job(path: Path, config: TrainConfig, command: str) -> dict[str, Any]:
+def _run_job(path: Path, config: TrainConfig, command: str) -> Outcome:
     with _train_dir(path, config, command) as run:
         if not run.finished:
             _train(run, config, dataset_for(config, config.seed), quiet=True)
-        return _result(run)
+        curve = [row["test_accuracy"] for row in run.read_metrics()]
+        return Outcome(_result(run), curve)
 
 
 def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

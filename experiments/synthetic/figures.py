@@ -85,6 +85,39 @@ def draw(config: Settings, dataset: Dataset, results: Mapping[str, Trained]) -> 
     return figure
 
 
+def draw_seeds(method: str, curves: Sequence[Sequence[float]], solved: float) -> Figure:
+    """O.o.d. test accuracy of every seed over the epochs, and their median.
+
+    Args:
+      method: the method that was trained.
+      curves: accuracies by epoch, one curve for each seed, equally long.
+      solved: the accuracy from which on a seed counts as solved.
+    """
+    use_style()
+    figure = Figure(figsize=(9, 4.8), layout="tight")
+    axes = figure.add_subplot()
+    accuracies = np.asarray(curves)
+    epochs = np.arange(1, accuracies.shape[1] + 1)
+    color = METHOD_COLORS[method]
+    axes.plot(epochs, accuracies.T, color=color, lw=0.8, alpha=0.35)
+    axes.plot(epochs, np.median(accuracies, axis=0), color="black", lw=2.2)
+    axes.axhline(solved, color="0.45", lw=1, ls="--", zorder=1)
+    count = int(np.sum(accuracies[:, -1] >= solved))
+    axes.set_title(
+        f"{METHOD_LABELS[method]}: {count} of {len(accuracies)} seeds end at "
+        f"{solved:.0%} or more"
+    )
+    axes.set(ylim=(0.4, 1.02), xlabel="Epoch", ylabel="O.o.d. test accuracy")
+    percent_axis(axes)
+    handles = [
+        Line2D([], [], color=color, lw=1.2, alpha=0.6, label="one seed"),
+        Line2D([], [], color="black", lw=2.2, label="median over seeds"),
+        Line2D([], [], color="0.45", lw=1, ls="--", label=f"solved: {solved:.0%}"),
+    ]
+    axes.legend(handles=handles, loc="best")
+    return figure
+
+
 def _draw_accuracy(axes: Axes, results: Mapping[str, Trained]) -> None:
     for method, trained in results.items():
         epochs = _column(trained, "epoch")

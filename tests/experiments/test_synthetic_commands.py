@@ -249,6 +249,7 @@ def test_rerun_gives_each_seed_what_train_gives_it(start, tmp_path):
     assert summary["min_test_accuracy"] == min(accuracies)
     assert summary["mean_test_accuracy"] == pytest.approx(np.mean(accuracies))
     assert "min_test_accuracy" in out
+    assert (path / "seeds.png").read_bytes().startswith(b"\x89PNG")
 
 
 COMPARE = CompareConfig(**PRESETS["smoke"])
