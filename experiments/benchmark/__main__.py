@@ -10,10 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -95,33 +94,33 @@ def jax_contestant(config: TrainConfig, oracle: Oracle) -> Epoch:
     return epoch
 
 
-class TorchPeer:
-    """A process that runs torch_peer.py with another interpreter."""
+@contextlib.contextmanager
+def torch_contestant(
+    python: Path, training: Path, way: str
+) -> Iterator[tuple[Epoch, dict[str, Any]]]:
+    """A process that runs torch_peer.py with another interpreter, while it is needed.
 
-    def __init__(self, python: Path, training: Path, way: str):
-        script = Path(__file__).with_name("torch_peer.py")
+    Yields:
+      The contestant, and the PyTorch version and number of threads.
+    """
+    script = Path(__file__).with_name("torch_peer.py")
+    try:
+        process = subprocess.Popen(
+            [str(python), str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    except OSError as error:
+        raise RunDirError(f"--torch-python {python}: {error.strerror}") from None
+
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            self._process = subprocess.Popen(
-                [str(python), str(script)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        except OSError as error:
-            raise RunDirError(f"--torch-python {python}: {error.strerror}") from None
-        self.description = self._ask({"load": str(training), "way": way})
-
-    def epoch(self) -> dict[str, float]:
-        """Trains for one epoch in that process."""
-        return self._ask({"epoch": True})
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
         except (BrokenPipeError, ValueError):
             raise RunDirError(
                 "the PyTorch process ended early: see its message above; "
@@ -129,17 +128,12 @@ class TorchPeer:
             ) from None
         return answer
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
+    with process:
+        try:
+            description = ask({"load": str(training), "way": way})
+            yield lambda: ask({"epoch": True}), description
+        finally:
+            process.kill()
 
 
 def write_training(config: TrainConfig, path: Path) -> None:
@@ -224,10 +218,9 @@ def _run(run: RunDir, config: BenchmarkConfig, torch_python: Path | None) -> Non
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_training(training, folder / "training.npz")
             for way in ("functional", "own_forward", "shared_forward"):
-                peer = TorchPeer(torch_python, folder / "training.npz", way)
-                stack.enter_context(peer)
-                contestants[f"torch_{way}"] = peer.epoch
-                torch = peer.description
+                contestants[f"torch_{way}"], torch = stack.enter_context(
+                    torch_contestant(torch_python, folder / "training.npz", way)
+                )
         first, rows = measure(contestants, config.rounds)
     medians = {
         name: statistics.median(row[name] for row in rows) for name in contestants
@@ -305,11 +298,9 @@ def _configs() -> dict[Preset, BenchmarkConfig]:
     }
 
 
+COMMANDS: dict[str, Command[Any, Any]] = {
+    "epochs": Command(_configs(), BenchmarkOptions, run_benchmark)
+}
+
 if __name__ == "__main__":
-    sys.exit(
-        main(
-            PROG,
-            {"epochs": Command(_configs(), BenchmarkOptions, run_benchmark)},
-            sys.argv[1:],
-        )
-    )
+    sys.exit(main(PROG, COMMANDS, sys.argv[1:]))
