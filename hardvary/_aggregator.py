@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from hardvary import _validate
-from hardvary._statistics import LOG_EPS, AxisName, GradStats, as_grad_stats
+from hardvary._statistics import (
+    FIELDS,
+    LOG_EPS,
+    AxisName,
+    GradStats,
+    as_grad_stats,
+)
 
 PyTree = Any
 
@@ -32,9 +38,10 @@ class AggregatorState(NamedTuple):
 def reaches(sign_sum: jax.Array, num_envs: Any, threshold: Any) -> jax.Array:
     """Whether `|sign_sum| >= threshold * num_envs`, exact at equality.
 
-    Sign sums are small integers (unless weighted), so a slack below half a vote
-    changes no other outcome, while it absorbs the rounding of a threshold k/d to the
-    dtype that it arrives in. NaN signs do not pass.
+    A threshold k/d arrives rounded to its dtype, and weighted votes are sums of
+    floats, so the comparison allows for both: the threshold's rounding, at most half
+    a vote, and 2e-6 of the total. Up to some 250,000 environments of weight 1 that is
+    less than the step between two sums of votes. NaN signs do not pass.
     """
     dtype = _validate.wide(sign_sum.dtype)
     sign_sum = sign_sum.astype(dtype)
@@ -44,8 +51,8 @@ def reaches(sign_sum: jax.Array, num_envs: Any, threshold: Any) -> jax.Array:
         rounding = float(jnp.finfo(threshold.dtype).eps)
     threshold = threshold.astype(dtype)
     num_envs = jnp.asarray(num_envs).astype(dtype)
-    relative = rounding * threshold + 16 * float(jnp.finfo(jnp.float32).eps)
-    slack = jnp.minimum(num_envs * relative, 0.5)
+    slack = jnp.minimum(rounding * threshold * num_envs, 0.5)
+    slack += 16 * float(jnp.finfo(jnp.float32).eps) * num_envs
     return jnp.abs(sign_sum) >= threshold * num_envs - slack
 
 
@@ -110,19 +117,21 @@ def build(
         stats = as_grad_stats(
             updates, params, statistics, env_weights, axis_name, name, log_eps
         )
-        means, treedef = jax.tree.flatten(stats.mean)
+        treedef = jax.tree.structure(stats.mean)
+        fields = {
+            FIELDS[statistic]: jax.tree.leaves(getattr(stats, FIELDS[statistic]))
+            for statistic in statistics
+        }
         leaves = [
-            GradStats(mean, sign_sum, square_mean, log_abs_mean, stats.num_envs)
-            for mean, sign_sum, square_mean, log_abs_mean in zip(
-                means,
-                jax.tree.leaves(stats.sign_sum),
-                jax.tree.leaves(stats.square_mean) or [None] * len(means),
-                jax.tree.leaves(stats.log_abs_mean) or [None] * len(means),
-                strict=True,
-            )
+            GradStats(num_envs=stats.num_envs, **dict(zip(fields, values, strict=True)))
+            for values in zip(*fields.values(), strict=True)
         ]
-        results = [update_leaf(leaf, leaf.mean.dtype) for leaf in leaves]
-        size = sum(mean.size for mean in means)
+        given = updates.mean if isinstance(updates, GradStats) else updates
+        results = [
+            update_leaf(leaf, jnp.result_type(like))
+            for leaf, like in zip(leaves, jax.tree.leaves(given), strict=True)
+        ]
+        size = sum(leaf.mean.size for leaf in leaves)
         kept = sum((kept for _, kept in results), jnp.zeros((), jnp.float32))
         return (
             jax.tree.unflatten(treedef, [update for update, _ in results]),

@@ -63,6 +63,7 @@ def and_mask(
       nothing passes in a leaf    a zero update, also with `rescale`
       NaN or infinity             that component's update is NaN, whatever the vote
       an environment of weight 0  as if it were not there, whatever it holds
+      only weights 0 (traced)     NaN: there is no mean (a ValueError if concrete)
       a tree without leaves       an empty update, kept fraction 0
       ==========================  ==================================================
 

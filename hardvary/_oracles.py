@@ -13,6 +13,7 @@ from hardvary._statistics import (
     FIELDS,
     AxisName,
     finalize,
+    mean_like,
     reduce_stacked,
     sum_over_envs,
     total_weight,
@@ -31,7 +32,8 @@ def per_env_grad(
     """Gradients of a loss for every environment, stacked along a new axis 0.
 
     `jax.vmap(jax.grad(loss_fn))` over the environment axis, with checks. It holds one
-    copy of the parameters per environment; `grad_stats` needs none of them.
+    copy of the parameters per environment; `grad_stats` needs none of them. Each
+    environment has a forward pass of its own, so batch statistics are its own too.
 
     Args:
       loss_fn: `loss_fn(params, env_batch) -> loss`, a real scalar, of ONE environment.
@@ -120,7 +122,8 @@ def grad_stats(
 
     What every aggregator of this library accepts in place of stacked gradients, at
     the memory of a few copies of the parameters instead of one per environment
-    (paper, section 3: the same order of time and memory as gradient descent).
+    (paper, section 3: the same order of time and memory as gradient descent). Each
+    environment has a forward pass of its own, so batch statistics are its own too.
 
     Args:
       loss_fn: `loss_fn(params, env_batch) -> loss`, a real scalar, of ONE environment.
@@ -249,6 +252,7 @@ def value_and_grad_stats(
             weights = _validate.env_weights(env_weights, problem.num_envs, "grad_stats")
         run = _stack_then_reduce if method == "vmap" else _scan_and_add
         losses, aux, result = run(problem, stats, weights, microbatch_size, axis_name)
+        result = mean_like(result, problem.params)
         return ((losses, aux) if has_aux else losses), result
 
     return value_and_stats_fn
@@ -320,7 +324,7 @@ def _scan_and_add(
         lambda leaf: leaf.reshape(problem.num_envs, *leaf.shape[2:]), value
     )
     num_envs = total_weight(problem.num_envs, weights)
-    return losses, aux, finalize(sums, num_envs, problem.params, axis_name)
+    return losses, aux, finalize(sums, num_envs, axis_name)
 
 
 def _check_arguments(
@@ -383,8 +387,8 @@ class _Problem:
         self.num_envs = num_envs
         # Under shard_map the gradient of a replicated parameter is summed over
         # devices before anyone could look at its sign.
-        # The loss may differ between devices by more than its batch: by keyword
-        # arguments, by what it closes over.
+        # Its loss may also differ between devices by a keyword argument or, which only
+        # axis_name tells, by what it closes over.
         self.params = _vary_like(params, (self.batch, kwargs), axis_name)
 
     def value_and_grad(self, env_batch: dict[int, Any]) -> Any:
@@ -413,22 +417,20 @@ class _Problem:
         if isinstance(loss, float):
             return jnp.asarray(loss), aux
         dtype = getattr(loss, "dtype", None)
-        if dtype is None:
-            received = f"a {type(loss).__name__}; return (loss, aux) with has_aux=True"
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            if np.shape(loss) == ():
+                return loss, aux
+            received = f"{dtype} of shape {np.shape(loss)}"
+            received += "; average over the examples inside loss_fn"
+        elif dtype is not None:
+            received = f"{dtype} of shape {np.shape(loss)}"
         else:
-            received = (
-                f"{dtype} of shape {np.shape(loss)}; average over the examples inside "
-                "loss_fn"
-            )
-        if (
-            dtype is None
-            or np.shape(loss) != ()
-            or not jnp.issubdtype(dtype, jnp.floating)
-        ):
-            raise TypeError(
-                f"the loss of one environment must be a real scalar, got {received}"
-            )
-        return loss, aux
+            received = f"a {type(loss).__name__}"
+            if isinstance(loss, tuple) and not self._has_aux:
+                received += "; for (loss, aux) pass has_aux=True"
+        raise TypeError(
+            f"the loss of one environment must be a real scalar, got {received}"
+        )
 
 
 def _vary_like(

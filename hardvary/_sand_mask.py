@@ -70,8 +70,8 @@ def sand_mask(
 
     Warning:
       Must come first in an `optax.chain`. The variance is a difference of two means:
-      where it is smaller than about 1e-7 of the squared mean (1e-2 for the bfloat16
-      mean of a `GradStats`) it is rounding noise.
+      where it is below 1e-6 of the mean square (6e-2 for a `GradStats` whose mean is
+      bfloat16, 8e-3 for float16) it may be rounding and counts as none.
     """
     _validate.in_unit_interval("threshold", threshold)
     _validate.at_least("sharpness", sharpness, 0.0, strict=True)

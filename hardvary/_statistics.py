@@ -56,7 +56,8 @@ FIELDS = {
 }
 
 
-def _sign_or_nan(grad: jax.Array) -> jax.Array:
+def sign_or_nan(grad: jax.Array) -> jax.Array:
+    """The vote of a gradient: its sign, NaN where it is not finite."""
     # The sign of an infinite gradient is finite: without this the sum of signs would
     # hide a diverged environment.
     return jnp.where(jnp.isfinite(grad), jnp.sign(grad), jnp.nan)
@@ -74,7 +75,7 @@ def contribution(statistic: str, log_eps: Any = LOG_EPS) -> Callable[..., jax.Ar
 
     functions: dict[str, Callable[..., jax.Array]] = {
         "mean": lambda grad: grad,
-        "sign": _sign_or_nan,
+        "sign": sign_or_nan,
         "square": jnp.square,
         "log_abs": log_abs,
     }
@@ -116,17 +117,13 @@ def sum_over_envs(
 
 
 def finalize(
-    sums: dict[str, PyTree],
-    num_envs: Any,
-    params: PyTree,
-    axis_name: AxisName | None,
+    sums: dict[str, PyTree], num_envs: Any, axis_name: AxisName | None
 ) -> GradStats:
-    """Turns sums over (local) environments into GradStats.
+    """Turns sums over (local) environments into GradStats, all in at least float32.
 
     Args:
       sums: as `sum_over_envs` returns them.
       num_envs: total weight of the environments in `sums`.
-      params: tree whose leaves have the dtypes that `mean` is to have.
       axis_name: mapped axis over which further environments are spread.
 
     Returns:
@@ -142,19 +139,21 @@ def finalize(
     def average(total: jax.Array) -> jax.Array:
         return total / num_envs.astype(total.dtype)
 
-    fields: dict[str, PyTree] = {}
-    for name, tree in sums.items():
-        if name == "sign":
-            fields[FIELDS[name]] = tree
-        elif name == "mean":
-            fields[FIELDS[name]] = jax.tree.map(
-                lambda total, param: average(total).astype(jnp.result_type(param)),
-                tree,
-                params,
-            )
-        else:
-            fields[FIELDS[name]] = jax.tree.map(average, tree)
+    fields = {
+        FIELDS[name]: tree if name == "sign" else jax.tree.map(average, tree)
+        for name, tree in sums.items()
+    }
     return GradStats(num_envs=num_envs, axis_names=axis_names, **fields)
+
+
+def mean_like(stats: GradStats, params: PyTree) -> GradStats:
+    """`stats` with its mean, if it has one, in the dtypes of params."""
+    if stats.mean is None:
+        return stats
+    mean = jax.tree.map(
+        lambda leaf, param: leaf.astype(jnp.result_type(param)), stats.mean, params
+    )
+    return dataclasses.replace(stats, mean=mean)
 
 
 def total_weight(num_envs: int, weights: jax.Array | None) -> Any:
@@ -182,8 +181,7 @@ def combine_over_axis(stats: GradStats, axis_name: AxisName) -> GradStats:
                 ),
                 tree,
             )
-    like = stats.mean if stats.mean is not None else stats.sign_sum
-    return finalize(sums, num_envs, like, axis_name)
+    return finalize(sums, num_envs, axis_name)
 
 
 def reduce_stacked(
@@ -196,10 +194,10 @@ def reduce_stacked(
 ) -> GradStats:
     """GradStats of stacked gradients, leaves `[env, *param.shape]`."""
     sums = sum_over_envs(grads, statistics, weights, log_eps)
-    return finalize(sums, total_weight(num_envs, weights), grads, axis_name)
+    return finalize(sums, total_weight(num_envs, weights), axis_name)
 
 
-def agreement(grads: PyTree, *, env_weights: Any = None) -> PyTree:
+def agreement(grads_or_stats: PyTree, *, env_weights: Any = None) -> PyTree:
     r"""Share of environments by which one sign outnumbers the other.
 
     .. math:: a_j = |\sum_e w_e \operatorname{sign}([g_e]_j)| / \sum_e w_e
@@ -209,8 +207,8 @@ def agreement(grads: PyTree, *, env_weights: Any = None) -> PyTree:
     same sign, if none is zero.
 
     Args:
-      grads: stacked per-environment gradients, each leaf `[env, *param.shape]`, or a
-        `GradStats` with the statistic `"sign"`.
+      grads_or_stats: stacked per-environment gradients, each leaf
+        `[env, *param.shape]`, or a `GradStats` with the statistic `"sign"`.
       env_weights: `[env]`, non-negative weights for stacked gradients; 0 marks an
         absent environment.
 
@@ -228,7 +226,9 @@ def agreement(grads: PyTree, *, env_weights: Any = None) -> PyTree:
       >>> hardvary.agreement(jnp.array([[1.0, 2.0], [3.0, -1.0], [2.0, 1.0]])).tolist()
       [1.0, 0.3333333432674408]
     """
-    stats = as_grad_stats(grads, None, ("sign",), env_weights, None, "agreement")
+    stats = as_grad_stats(
+        grads_or_stats, None, ("sign",), env_weights, None, "agreement"
+    )
     return jax.tree.map(
         lambda total: jnp.abs(total) / stats.num_envs.astype(total.dtype),
         stats.sign_sum,
@@ -264,17 +264,22 @@ def as_grad_stats(
                     f"does not hold; ask for it with grad_stats(loss_fn, "
                     f"stats={tuple(statistics)})"
                 )
-        for statistic in statistics:
-            _validate.real_floating(
-                getattr(grads, FIELDS[statistic]), f"{name}: statistics"
+        if grads.num_envs is None:
+            raise ValueError(
+                f"{name}: this GradStats does not say num_envs, the total weight of "
+                "the environments; grad_stats fills it in"
             )
+        like = getattr(grads, FIELDS[statistics[0]]) if params is None else params
+        for statistic in statistics:
+            tree = getattr(grads, FIELDS[statistic])
+            what = f"{name}: statistics"
+            _validate.real_floating(tree, what)
+            mend = "compute them with grad_stats for these parameters"
+            _validate.same_shapes(tree, like, what, mend)
         total = jnp.asarray(grads.num_envs)
         grads = dataclasses.replace(
             grads, num_envs=total.astype(_validate.wide(total.dtype))
         )
-        if params is not None:
-            for statistic in statistics:
-                _check_like_params(getattr(grads, FIELDS[statistic]), params, name)
         if axis_name is not None:
             names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
             rest = tuple(n for n in names if n not in grads.axis_names)
@@ -292,16 +297,3 @@ def as_grad_stats(
     if env_weights is not None:
         weights = _validate.env_weights(env_weights, num_envs, name)
     return reduce_stacked(grads, statistics, weights, num_envs, axis_name, log_eps)
-
-
-def _check_like_params(tree: PyTree, params: PyTree, name: str) -> None:
-    _validate.same_structure(tree, params, f"{name}: statistics")
-    for (path, leaf), param in zip(
-        jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True
-    ):
-        if jnp.shape(leaf) != jnp.shape(param):
-            raise ValueError(
-                f"{name}: statistics must have the shapes of params; the leaf at "
-                f"{_validate.leaf_path(path)} has shape {jnp.shape(leaf)} for a "
-                f"parameter of shape {jnp.shape(param)}"
-            )

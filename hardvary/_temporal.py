@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from hardvary import _validate
+from hardvary._statistics import sign_or_nan
 
 PyTree = Any
 
@@ -43,7 +44,8 @@ def temporal_and_mask(
       inner: any gradient transformation, also one with extra arguments.
       threshold: :math:`\tau` in [0, 1]; 0 lets everything pass. May be traced.
       decay: :math:`\beta` in [0, 1). The average starts at 0 and is never
-        bias-corrected, so nothing passes until `1 - decay**steps >= threshold`.
+        bias-corrected, so nothing passes until `1 - decay**steps >= threshold`, up
+        to rounding.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `TemporalAndMaskState`;
@@ -52,11 +54,13 @@ def temporal_and_mask(
     Raises:
       TypeError: an `inner` that is no gradient transformation, a threshold or decay
         that is no real scalar; (tracing) integer, boolean or complex gradients.
-      ValueError: threshold outside [0, 1], decay outside [0, 1).
+      ValueError: threshold outside [0, 1], decay outside [0, 1); (tracing) gradients
+        that are not shaped like params, such as stacked ones.
 
     Edge cases:
       ==========================  ==================================================
       threshold 0                 the updates of `inner`, bit by bit
+      threshold 1                 open once the average has rounded to 1
       a zero gradient             moves the average towards 0
       NaN or infinity             that component's update is NaN; its average stays
                                   NaN, so wrap the whole chain in
@@ -105,14 +109,17 @@ def temporal_and_mask(
         **extra_args: Any,
     ) -> tuple[PyTree, TemporalAndMaskState]:
         _validate.real_floating(updates, "temporal_and_mask: gradients")
-        _validate.same_structure(
-            updates, state.sign_ema, "temporal_and_mask: gradients"
+        _validate.same_shapes(
+            updates,
+            state.sign_ema,
+            "temporal_and_mask: gradients",
+            "it takes the gradient of one environment per step; for stacked gradients "
+            "use and_mask",
         )
 
         def average(ema: jax.Array, grad: jax.Array) -> jax.Array:
             rate = jnp.asarray(decay).astype(ema.dtype)
-            sign = jnp.where(jnp.isfinite(grad), jnp.sign(grad), jnp.nan)
-            return rate * ema + (1 - rate) * sign.astype(ema.dtype)
+            return rate * ema + (1 - rate) * sign_or_nan(grad.astype(ema.dtype))
 
         def gate(ema: jax.Array, update: jax.Array) -> jax.Array:
             slack = 4 * float(jnp.finfo(ema.dtype).eps)

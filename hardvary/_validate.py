@@ -112,6 +112,20 @@ def same_structure(tree: PyTree, params: PyTree, what: str) -> None:
         )
 
 
+def same_shapes(tree: PyTree, params: PyTree, what: str, mend: str) -> None:
+    """Raises ValueError unless two trees have the same structure and leaf shapes."""
+    same_structure(tree, params, what)
+    for (path, leaf), param in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True
+    ):
+        if np.shape(leaf) != np.shape(param):
+            raise ValueError(
+                f"{what} must have the shapes of params; the leaf at "
+                f"{leaf_path(path)} has shape {np.shape(leaf)} for a parameter of "
+                f"shape {np.shape(param)}: {mend}"
+            )
+
+
 def stacked_gradients(grads: PyTree, params: PyTree | None, name: str) -> int | None:
     """Checks stacked gradients and returns the number of environments.
 
@@ -203,4 +217,5 @@ def env_weights(weights: Any, num_envs: int, name: str) -> jax.Array:
                 f"{name}: env_weights mark every environment absent; at least one "
                 "must be positive"
             )
-    return array.astype(wide(array.dtype))
+    # A negative weight that could not be seen above must not count in the total only.
+    return jnp.maximum(array.astype(wide(array.dtype)), 0)

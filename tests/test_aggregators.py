@@ -212,3 +212,26 @@ def test_and_mask_max_rescale_may_be_traced():
     )
     np.testing.assert_array_equal(run(2.5), [2.5, 0, 0, 0])
     np.testing.assert_array_equal(run(9.0), [4, 0, 0, 0])
+
+
+def test_sand_mask_of_bfloat16_gradients_sees_the_variance_of_the_gradients():
+    # Rounded to bfloat16, the mean would hide a variance of 2 % of its square.
+    noise = jnp.array([-0.2, -0.1, -0.05, 0.05, 0.1, 0.2])
+    grads = (1 + noise).astype(jnp.bfloat16)[:, None]
+    tx = hardvary.sand_mask(threshold=0.9, sharpness=0.01, rescale=False)
+    exact = np.var(np.asarray(grads, np.float64), ddof=1)
+    [update], _ = aggregate(tx, grads)
+    assert update.dtype == jnp.bfloat16
+    assert float(update) == pytest.approx(np.tanh(0.01 * 0.1 / exact), rel=0.01)
+
+
+def test_and_mask_only_absent_environments_under_jit_is_nan():
+    grads = jnp.ones((2, 3))
+
+    @jax.jit
+    def update(weights):
+        return aggregate(hardvary.and_mask(), grads, env_weights=weights)[0]
+
+    assert jnp.isnan(update(jnp.zeros(2))).all()
+    # What cannot be refused under jit counts as absent, in sums and total alike.
+    assert (update(jnp.array([1.0, -1.0])) == 1.0).all()

@@ -2,22 +2,25 @@
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import hardvary
+from experiments.common import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = [
-    path
-    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
-    if path.exists()
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
 ]
 PUBLIC = [getattr(hardvary, name) for name in hardvary.__all__]
 public_names = pytest.mark.parametrize("name", hardvary.__all__)
@@ -77,8 +80,12 @@ def test_docstring_names_every_argument(name):
 
 
 @public_names
-def test_api_page_mentions_every_public_name(name):
-    assert re.search(rf"\b{name}\b", (ROOT / "docs" / "api.md").read_text())
+def test_api_page_has_the_signature_of_every_public_name(name):
+    thing = getattr(hardvary, name)
+    parameters = inspect.signature(thing).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    page = (ROOT / "docs" / "api.md").read_text().splitlines()
+    assert f"### `{name}{inspect.Signature(bare)}`" in page
 
 
 def test_all_is_sorted_and_lists_what_the_package_exports():
@@ -136,8 +143,67 @@ def test_python_blocks_of_a_page_run_in_order(path, tmp_path, monkeypatch):
                 exec(compile(source, str(path), "exec"), namespace)
 
 
+def side_of_diff(code, sign):
+    """The lines of a diff before ("-") or after ("+") the change."""
+    lines = [line for line in code.splitlines() if line[:1] in ("", " ", sign)]
+    return "\n".join(line[1:] for line in lines)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("sign", ["-", "+"], ids=["before", "after"])
+def test_diff_of_the_readme_runs_on_both_sides(sign):
+    [diff] = [b for b in blocks(ROOT / "README.md") if b.language == "diff"]
+    namespace = {}
+    with jax.numpy_rank_promotion("allow"):
+        exec(side_of_diff(diff.code, sign), namespace)
+        batch = jnp.ones((4, 8, 3)), jnp.ones((4, 8))
+        params = jnp.zeros(3)
+        state = namespace["tx"].init(params)
+        updated, _, loss = namespace["step"](params, state, batch)
+    assert loss == 0.5
+    assert (updated > params).all()
+
+
+def shell_commands(path):
+    code = [block.code for block in blocks(path) if block.language == "bash"]
+    lines = [line.split("#")[0].strip() for line in "\n".join(code).splitlines()]
+    return [shlex.split(line) for line in lines if line]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_shell_commands_of_a_page_are_understood(path):
+    makefile = (ROOT / "Makefile").read_text()
+    for words in shell_commands(path):
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+        elif words[:2] == ["python", "-m"]:
+            module = importlib.import_module(f"{words[2]}.__main__")
+            parsed = []
+            commands = {
+                name: dataclasses.replace(command, run=parsed.append)
+                for name, command in module.COMMANDS.items()
+            }
+            assert cli.main(words[2], commands, words[3:]) == 0, words
+            assert len(parsed) == 1
+        else:
+            assert words == ["pip", "install", "."]
+
+
+def anchors(path):
+    """Anchors of a page's headings, as code hosts make them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_relative_links_of_a_page_lead_somewhere(path):
-    targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", path.read_text())
-    missing = [t for t in targets if not (path.parent / t).exists()]
-    assert missing == []
+    links = re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)\)", path.read_text())
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link

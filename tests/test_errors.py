@@ -555,3 +555,47 @@ def test_grad_stats_with_bad_env_weights_raise(make, weights, parts, jit):
 
     with raises(ValueError, "env_weights", *parts):
         (jax.jit(run) if jit else run)(jnp.ones(2), jnp.ones((5, 2)))
+
+
+# Found in review.
+
+
+@pytest.mark.parametrize("make", ["temporal_and_mask", "temporal_and_mask_adam"])
+def test_temporal_mask_on_stacked_gradients_raises(make):
+    tx = MAKERS_WITH_THRESHOLD[make](0.5)
+    with raises(ValueError, "temporal_and_mask", "(4, 3)", "(3,)", "use and_mask"):
+        update(tx, jnp.ones((4, 3)), jnp.ones(3))
+
+
+def test_and_mask_statistics_of_different_trees_raise():
+    stats = hardvary.GradStats(
+        mean={"a": jnp.ones(2)}, sign_sum={"b": jnp.ones(2)}, num_envs=2.0
+    )
+    tx = hardvary.and_mask()
+    with raises(ValueError, "and_mask: statistics", "tree structure"):
+        tx.update(stats, tx.init(None))
+
+
+def test_and_mask_grad_stats_without_a_total_raises():
+    stats = hardvary.GradStats(mean=jnp.ones(2), sign_sum=jnp.ones(2))
+    tx = hardvary.and_mask()
+    with raises(ValueError, "and_mask", "num_envs", "grad_stats fills it in"):
+        tx.update(stats, tx.init(None))
+
+
+@pytest.mark.parametrize(
+    ("loss", "has_aux", "parts"),
+    [
+        (lambda w, x: (jnp.sum(w * x), x), False, ["tuple", "pass has_aux=True"]),
+        (lambda w, x: None, False, ["a NoneType"]),
+        (lambda w, x: (1, x), True, ["a int"]),
+        (lambda w, x: w * x, False, ["shape (2,)", "average over the examples"]),
+    ],
+    ids=["tuple", "nothing", "int", "vector"],
+)
+def test_grad_stats_loss_that_is_no_scalar_says_what_it_is(loss, has_aux, parts):
+    oracle = hardvary.grad_stats(loss, has_aux=has_aux)
+    with raises(TypeError, "real scalar, got", *parts) as error:
+        oracle(jnp.ones(2), jnp.ones((3, 2)))
+    hint_fits = "has_aux=True" in str(error.value)
+    assert hint_fits == (parts[-1] == "pass has_aux=True")

@@ -126,10 +126,12 @@ def test_and_mask_integer_threshold_is_the_mean_or_unanimity(make):
     np.testing.assert_allclose(kept_one, 1 / 5)
 
 
-@pytest.mark.parametrize("d", [3, 5, 7, 48, 100])
-def test_hard_masks_of_weighted_votes_keep_exactly_the_tie(d):
-    # Weights that are no integers sum to something rounded.
-    weights = np.full(d, 0.1, np.float32)
+@pytest.mark.parametrize("weight", [0.1, 1e7, 3e9])
+@pytest.mark.parametrize("d", [3, 5, 7, 25, 39, 100])
+def test_hard_masks_of_weighted_votes_keep_exactly_the_tie(d, weight):
+    # Weights that are no integers sum to something rounded; large ones may be numbers
+    # of examples, for which a slack in absolute votes would lose ties.
+    weights = np.full(d, weight, np.float32)
     grads = votes(d)
     for k in range(1, d + 1):
         _, kept = aggregate(hardvary.and_mask(k / d), grads, env_weights=weights)

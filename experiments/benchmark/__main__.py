@@ -16,12 +16,26 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.common.cli import Command, Invocation, Preset, RunOptions, main
+from experiments.common import plots
+from experiments.common.cli import (
+    Command,
+    Invocation,
+    Preset,
+    RunOptions,
+    announce,
+    main,
+)
 from experiments.common.run_dir import RunDir, RunDirError
 from experiments.common.validation import require
-from experiments.synthetic.config import PRESETS, TrainConfig
+from experiments.synthetic.config import (
+    PRESETS,
+    Settings,
+    TrainConfig,
+    shared_settings,
+)
 from experiments.synthetic.training import (
     dataset_for,
     epoch_order,
@@ -40,7 +54,9 @@ LABELS = {
     "torch_own_forward": "PyTorch, forward and autograd.grad\nfor each environment",
     "torch_shared_forward": "PyTorch, one forward, autograd.grad\nfor each environment",
 }
-REFERENCE = "torch_shared_forward"
+AUTHORS_WAY = "torch_shared_forward"
+# First-epoch losses that are further apart, relatively, are not rounding.
+LOSS_TOLERANCE = 1e-3
 
 Oracle = Literal["scan", "vmap"]
 ORACLES: tuple[Oracle, ...] = get_args(Oracle)
@@ -50,18 +66,20 @@ Epoch = Callable[[], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkConfig:
-    """How often to measure, and what."""
+class BenchmarkConfig(Settings):
+    """The training with the AND-mask that everybody runs, and how often to measure."""
 
-    training: TrainConfig
-    """The training that everybody runs."""
     rounds: int = 9
     """Timed epochs of each contestant, one after the other in every round."""
-    torch: bool = False
-    """Whether the PyTorch peers take part; set by --torch-python."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("rounds", self.rounds, self.rounds >= 1, "at least 1")
+
+    @property
+    def training(self) -> TrainConfig:
+        """The config of the training."""
+        return TrainConfig(**shared_settings(self), method="and_mask", seed=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +154,25 @@ def torch_contestant(
             process.kill()
 
 
+def require_torch_can(config: TrainConfig) -> None:
+    """Refuses settings that torch_peer.py does not implement."""
+    # The step schedule may stand: its first drop comes long after the first epoch, the
+    # one whose losses are compared.
+    implemented: dict[str, tuple[object, ...]] = {
+        "optimizer": ("adam",),
+        "schedule": ("step", "constant"),
+        "l1": (0.0,),
+        "weight_decay": (0.0,),
+    }
+    for field, values in implemented.items():
+        value = getattr(config, field)
+        if value not in values:
+            raise RunDirError(
+                f"with --torch-python, {field} must be {' or '.join(map(str, values))},"
+                f" got {value!r}: the PyTorch peers have nothing else"
+            )
+
+
 def write_training(config: TrainConfig, path: Path) -> None:
     """Writes data, initial weights and the first epoch's batches for PyTorch."""
     keys, dataset = make_keys(config.seed), dataset_for(config, config.seed)
@@ -143,11 +180,6 @@ def write_training(config: TrainConfig, path: Path) -> None:
     layers = [params["layers"][index] for index in range(config.hidden_layers + 1)]
     weights = [layer[part][...] for layer in layers for part in ("kernel", "bias")]
     order = epoch_order(jax.random.fold_in(keys.batches, 0), config)
-    settings = dataclasses.asdict(config)
-    if not config.rescale:
-        settings["max_rescale"] = 1.0
-    elif config.max_rescale is None:
-        settings["max_rescale"] = 1e30
     arrays: dict[str, Any] = {
         f"{name}_{part}": leaf
         for name, split in dataset._asdict().items()
@@ -155,7 +187,7 @@ def write_training(config: TrainConfig, path: Path) -> None:
     }
     arrays |= {f"param_{index}": leaf for index, leaf in enumerate(weights)}
     arrays |= {"rows": order, "num_params": len(weights)}
-    arrays |= {"settings": json.dumps(settings)}
+    arrays |= {"settings": json.dumps(dataclasses.asdict(config))}
     arrays = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     np.savez(path, **arrays)
 
@@ -169,8 +201,18 @@ def measure(
       What each reported of its first epoch, the one that includes compilation and in
       which all see the same batches; and a row for every round with the seconds of
       each contestant.
+
+    Raises:
+      RunDirError: their first losses differ, so that the seconds say nothing.
     """
     first = {name: epoch() for name, epoch in contestants.items()}
+    losses = {name: report["loss"] for name, report in first.items()}
+    values = list(losses.values())
+    if not np.ptp(values) <= LOSS_TOLERANCE * np.max(values):  # also if one is NaN
+        raise RunDirError(
+            "the contestants do not train the same; losses of the first epoch: "
+            + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
+        )
     rows = []
     for index in tqdm(range(rounds), unit="round"):
         seconds = {name: epoch()["seconds"] for name, epoch in contestants.items()}
@@ -187,23 +229,29 @@ def run_benchmark(
     the first epoch, in which they also see the same batches, are compared. The
     contestants take turns, each on all cores; medians are reported.
     """
-    options = invocation.options
-    config = dataclasses.replace(
-        invocation.config, torch=options.torch_python is not None
-    )
-    out = options.out or Path("runs") / "benchmark" / options.preset
+    config, options = invocation.config, invocation.options
+    experiment, name = "benchmark epochs", f"epochs-{options.preset}"
+    if options.torch_python is not None:
+        require_torch_can(config.training)
+        experiment, name = f"{experiment} with PyTorch", f"{name}-torch"
     with RunDir(
-        out,
-        "benchmark",
+        invocation.run_path("benchmark", name),
+        experiment,
         config,
         seed=config.training.seed,
         command=invocation.command,
         overwrite=options.overwrite,
         outputs=(EPOCHS, FIGURE),
     ) as run:
+        announce(run)
         if not run.finished:
             _run(run, config, options.torch_python)
-        print(format_table(run.summary()))
+        summary = run.summary()
+        print(format_table(summary))
+        if "authors_way_over_scan" in summary:
+            label = LABELS[AUTHORS_WAY].replace("\n", " ")
+            times = summary["authors_way_over_scan"]
+            print(f"hardvary's scan is {times:.1f} times as fast as {label}")
         print(f"Written to {run.path}")
 
 
@@ -225,14 +273,17 @@ def _run(run: RunDir, config: BenchmarkConfig, torch_python: Path | None) -> Non
     medians = {
         name: statistics.median(row[name] for row in rows) for name in contestants
     }
+    slower = {name: medians[name] / medians["jax_scan"] for name in medians}
+    headline = (
+        {"authors_way_over_scan": slower[AUTHORS_WAY]} if AUTHORS_WAY in slower else {}
+    )
     run.write_metrics(rows, EPOCHS)
     run.save_figure(FIGURE, draw(medians, rows))
     run.finish(
         {
+            **headline,
             "median_seconds_per_epoch": medians,
-            "slower_than_scan": {
-                name: medians[name] / medians["jax_scan"] for name in medians
-            },
+            "slower_than_scan": slower,
             "first_epoch_loss": {name: first[name]["loss"] for name in first},
             "first_epoch_kept_fraction": {
                 name: first[name]["kept_fraction"] for name in first
@@ -261,15 +312,12 @@ def format_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(medians: dict[str, float], rows: list[dict[str, float]]) -> Any:
+def draw(medians: dict[str, float], rows: list[dict[str, float]]) -> Figure:
     """Horizontal bars of the medians, with every measurement as a dot."""
-    from matplotlib import pyplot as plt
-
-    from experiments.common import plots
-
     plots.use_style()
     names = list(medians)
-    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.7 * len(names)), layout="tight")
+    figure = Figure(figsize=(9, 1.4 + 0.7 * len(names)), layout="tight")
+    axes = figure.add_subplot()
     colors = [plots.BLUE if name.startswith("jax") else plots.ORANGE for name in names]
     axes.barh(names, [medians[name] for name in names], color=colors, height=0.6)
     for position, name in enumerate(names):
@@ -293,7 +341,7 @@ def draw(medians: dict[str, float], rows: list[dict[str, float]]) -> Any:
 def _configs() -> dict[Preset, BenchmarkConfig]:
     rounds: dict[Preset, int] = {"smoke": 2, "cpu": 9, "paper": 5}
     return {
-        preset: BenchmarkConfig(TrainConfig(**PRESETS[preset]), rounds=rounds[preset])
+        preset: BenchmarkConfig(**PRESETS[preset], rounds=rounds[preset])
         for preset in rounds
     }
 

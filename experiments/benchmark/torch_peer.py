@@ -106,15 +106,18 @@ class Training:
         self.epochs = 0
 
     def mask(self, stacked):
-        """The AND-mask with rescaling: sets the gradients, returns how many passed."""
+        """The AND-mask: sets the gradients, returns the fraction that passed."""
         kept_count, size = 0, 0
+        rescale, cap = self.settings["rescale"], self.settings["max_rescale"]
         num_envs = self.settings["num_envs"]
         for param, grads in zip(self.model.parameters(), stacked, strict=True):
             votes = grads.sign().sum(0).abs()
             kept = votes >= self.settings["threshold"] * num_envs - 1e-3
-            share = kept.float().mean()
-            factor = torch.clamp(1 / (share + 1e-10), max=self.settings["max_rescale"])
-            param.grad = grads.mean(0) * kept * factor
+            param.grad = grads.mean(0) * kept
+            if rescale:
+                # Where nothing passed there is nothing to scale.
+                factor = kept.numel() / kept.sum().clamp(min=1)
+                param.grad *= factor if cap is None else factor.clamp(max=cap)
             kept_count, size = kept_count + int(kept.sum()), size + kept.numel()
         return kept_count / size
 

@@ -53,14 +53,14 @@ class Checkpoints:
           like: a state of the same structure, shapes and dtypes.
 
         Raises:
-          ValueError: an intact checkpoint holds another structure or shapes.
+          ValueError: an intact checkpoint cannot be restored, because it holds
+            another structure or shapes.
         """
         abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
         for step in sorted(self._manager.all_steps(), reverse=True):
             defect = self._defect(step)
             if defect is None:
-                args = ocp.args.StandardRestore(abstract)
-                return step, self._manager.restore(step, args=args)
+                return step, self._restore(step, abstract)
             print(
                 f"warning: checkpoint {self._directory / str(step)} is not usable "
                 f"({defect}): going back to the one before",
@@ -77,6 +77,16 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of Orbax's resources."""
         self._manager.close()
+
+    def _restore(self, step: int, abstract: State) -> State:
+        try:
+            args = ocp.args.StandardRestore(abstract)
+            restored: State = self._manager.restore(step, args=args)
+        except Exception as error:
+            # It is what was saved, so this program asks for something else; which
+            # exception says so depends on what Orbax came upon first.
+            raise ValueError(str(error)) from error
+        return restored
 
     def _remove(self, step: int) -> None:
         self._checksum_file(step).unlink(missing_ok=True)
@@ -96,17 +106,12 @@ class Checkpoints:
 
     def _defect(self, step: int) -> str | None:
         try:
-            expected = self._checksum_file(step).read_text()
+            expected = self._checksum_file(step).read_bytes()
         except FileNotFoundError:
             return "it has no checksums"
-        for line in expected.splitlines():
-            digest, name = line.split("  ", 1)
-            file = self._directory / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if _sha256(file) != digest:
-                return f"{name} is damaged"
-        return None if expected else "its checksums are empty"
+        if expected != self._checksums(step).encode():
+            return "its files and its checksums do not agree"
+        return None
 
 
 def _sha256(file: Path) -> str:

@@ -17,11 +17,10 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 import tyro
 
-from experiments.common.run_dir import RunDirError
+from experiments.common.run_dir import RunDir, RunDirError
 
 Preset = Literal["smoke", "cpu", "paper"]
 DEFAULT_PRESET: Preset = "cpu"
-STOPPED = "Stopped: the same command goes on from the last checkpoint."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,8 @@ class RunOptions:
     """Where to write, and how to treat what is there."""
 
     preset: Preset = DEFAULT_PRESET
-    """Settings that other flags override: for tests, for two cores, the paper's."""
+    """Settings that other flags override: smoke for tests, cpu for two cores, paper
+    for the paper's size with this project's recipe."""
     out: Path | None = None
     """Run directory; without it a readable name under runs/."""
     overwrite: bool = False
@@ -88,6 +88,12 @@ class Command(Generic[Config, Options]):
     run: Callable[[Invocation[Config, Options]], None]
 
 
+def announce(run: RunDir) -> None:
+    """Says which directory a command works in, and whether anything is left to do."""
+    state = "finished; --overwrite runs it again" if run.finished else "running"
+    print(f"{run.path}: {state}", flush=True)
+
+
 def main(
     prog: str, commands: Mapping[str, Command[Any, Any]], argv: Sequence[str]
 ) -> int:
@@ -120,7 +126,12 @@ def main(
     except RunDirError as error:
         return _fail(str(error))
     except KeyboardInterrupt as interrupt:
-        print(f"\n{str(interrupt) or STOPPED}", file=sys.stderr)
+        again = ", without --overwrite," if options.overwrite else ""
+        print(
+            f"\n{str(interrupt) or 'Stopped'}: the same command{again} goes on from "
+            "what is saved.",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

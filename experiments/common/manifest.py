@@ -45,7 +45,8 @@ def describe_environment() -> dict[str, Any]:
 def git_revision(directory: Path) -> dict[str, Any] | None:
     """Revision of the checkout around `directory`, None outside of git.
 
-    `dirty` is true when tracked files differ from that revision.
+    `dirty` is true when files differ from that revision or are new, ignored ones
+    aside.
     """
 
     def git(*arguments: str) -> str:
@@ -55,7 +56,7 @@ def git_revision(directory: Path) -> dict[str, Any] | None:
 
     try:
         revision = git("rev-parse", "HEAD")
-        dirty = git("status", "--porcelain", "--untracked-files=no") != ""
+        dirty = git("status", "--porcelain") != ""
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"revision": revision, "dirty": dirty}

@@ -9,14 +9,16 @@
 
 The same command on the same directory resumes an unfinished run and leaves a
 finished one alone. A directory that holds another config, or that is no run
-directory at all, is refused.
+directory at all, is refused. A run of several parts keeps each of them as a run in a
+directory of its own below.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
-import fcntl
+import fcntl  # POSIX only, and with it all experiments
 import io
 import json
 import os
@@ -41,11 +43,21 @@ SUMMARY = "summary.json"
 CHECKPOINT = "checkpoint"
 _LOCK = ".lock"
 
+# What a result may depend on besides the config, and what a warning calls it.
+_SURROUNDINGS = {
+    "device": "device",
+    "cpu": "CPU",
+    "cores": "number of cores",
+    "python": "Python",
+    "packages": "set of packages",
+    "git": "git revision",
+}
+
 Row = Mapping[str, Any]
 
 
 class RunDirError(Exception):
-    """A run directory cannot be used as asked; the message is for the user."""
+    """A run cannot go ahead as asked; the message is for the user."""
 
 
 class RunDir:
@@ -57,13 +69,16 @@ class RunDir:
       config: dataclass whose fields define the run's result.
       seed: recorded in the manifest.
       command: the command line, recorded in the manifest.
-      overwrite: start again, whatever run the directory holds.
-      outputs: names of further files that the experiment writes here (figures,
-        tables), so that `overwrite` can remove them.
+      overwrite: start again, whatever config the directory holds.
+      outputs: names of further files that the experiment writes here and in its
+        parts (figures, tables), so that `overwrite` can remove them.
+      parts: name of the experiment whose runs are this one's parts. `overwrite`
+        discards all of them, also those that `config` no longer asks for.
 
     Raises:
-      RunDirError: the directory holds another config or foreign files, or
-        another process is using it.
+      RunDirError: the directory holds another experiment, another config or
+        foreign files, or another process is using it or a part to be discarded.
+        Nothing was changed then.
     """
 
     def __init__(
@@ -76,13 +91,14 @@ class RunDir:
         command: str | None = None,
         overwrite: bool = False,
         outputs: Sequence[str] = (),
+        parts: str | None = None,
     ):
         self.path = Path(path)
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _lock(self.path)
         try:
-            self._enter(experiment, config, overwrite, outputs)
+            self._enter(experiment, config, overwrite, outputs, parts)
             self._begin_session(seed, command)
         except BaseException:
             self.close()
@@ -104,19 +120,48 @@ class RunDir:
             )
 
     def _enter(
-        self, experiment: str, config: Any, overwrite: bool, outputs: Sequence[str]
+        self,
+        experiment: str,
+        config: Any,
+        overwrite: bool,
+        outputs: Sequence[str],
+        parts: str | None,
     ) -> None:
         identity = {"experiment": experiment, "config": dataclasses.asdict(config)}
         identity = json.loads(json.dumps(identity))
         held = _read_identity(self.path)
-        if held is not None and overwrite:
-            _clear(self.path, outputs)
-            held = None
-        if held is not None and held != identity:
-            raise RunDirError(_describe_conflict(self.path, held, identity))
+        if held is not None:
+            same = held["experiment"] == experiment
+            open_to_any = overwrite or held["config"] is None
+            if not same or (held != identity and not open_to_any):
+                raise RunDirError(_describe_conflict(self.path, held, identity))
+            if overwrite:
+                self._discard(outputs, parts)
         remove_temporaries(self.path)
-        if held is None:
+        if held != identity:
             write_json(self.path / CONFIG, identity)
+
+    def _discard(self, outputs: Sequence[str], parts: str | None) -> None:
+        """Removes the results of the run and its parts; config.json stays.
+
+        The parts go first: a kill in between leaves the run that was there, which a
+        new one can replace, and never lets a new run find a part of the old one.
+        """
+        found = [
+            directory
+            for directory in sorted(self.path.iterdir())
+            if (identity := _read_identity(directory)) is not None
+            and identity["experiment"] == parts
+        ]
+        with contextlib.ExitStack() as locks:
+            for directory in found:
+                locks.callback(os.close, _lock(directory))
+            for directory in found:
+                _clear(directory, outputs)
+                # Still a run directory, whatever else lies in it, and for any config.
+                identity = {"experiment": parts, "config": None}
+                write_json(directory / CONFIG, identity)
+        _clear(self.path, outputs)
 
     def _begin_session(self, seed: int | None, command: str | None) -> None:
         self._started = time.monotonic()
@@ -125,12 +170,15 @@ class RunDir:
         if self.finished:
             return
         environment = describe_environment()
+        before = self._manifest
+        earlier = before.get("earlier_environments", [])
         changed = [
-            name
-            for name in ("device", "cpu", "cores", "packages")
-            if self._manifest and self._manifest.get(name) != environment[name]
+            label
+            for name, label in _SURROUNDINGS.items()
+            if before and before.get(name) != environment[name]
         ]
         if changed:
+            earlier = [*earlier, {name: before.get(name) for name in environment}]
             print(
                 f"warning: {self.path} was begun under another {', '.join(changed)}: "
                 "the result may differ from an uninterrupted run's",
@@ -140,8 +188,10 @@ class RunDir:
             **environment,
             "seed": seed,
             "command": command,
-            "sessions": self._manifest.get("sessions", 0) + 1,
+            "sessions": before.get("sessions", 0) + 1,
         }
+        if earlier:
+            self._manifest["earlier_environments"] = earlier
         self.save_manifest()
 
     def __enter__(self) -> Self:
@@ -215,32 +265,13 @@ class RunDir:
         write_json(self.path / SUMMARY, dict(summary))
 
 
-def discard_run(path: Path, outputs: Sequence[str] = ()) -> None:
-    """Removes a run's files, as `overwrite` does; leaves everything else alone.
-
-    Args:
-      path: a directory; nothing happens unless it holds a run.
-      outputs: names of the files that the experiment wrote there.
-
-    Raises:
-      RunDirError: another process is using it.
-    """
-    if _read_identity(path) is None:
-        return
-    lock = _lock(path)
-    try:
-        _clear(path, outputs)
-    finally:
-        os.close(lock)
-
-
 def _clear(path: Path, outputs: Sequence[str]) -> None:
-    # The summary goes first and config.json last: whatever is left by a crash in
-    # between is an unfinished run directory.
+    # The summary goes first: what a kill in between leaves is an unfinished run.
     (path / SUMMARY).unlink(missing_ok=True)
     shutil.rmtree(path / CHECKPOINT, ignore_errors=True)
-    for name in (METRICS, MANIFEST, *outputs, CONFIG):
+    for name in (METRICS, MANIFEST, *outputs):
         (path / name).unlink(missing_ok=True)
+    remove_temporaries(path)
 
 
 def nine_digits(value: float) -> float:
@@ -270,11 +301,14 @@ def _lock(path: Path) -> int:
     handle = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(handle)
+        if isinstance(error, BlockingIOError):
+            problem = "is in use by another process: wait for it, or"
+        else:
+            problem = f"lies in a file system without locks ({error.strerror}):"
         raise RunDirError(
-            f"{path} is in use by another process: wait for it, or choose another "
-            "directory with --out"
+            f"{path} {problem} choose another directory with --out"
         ) from None
     return handle
 
@@ -299,11 +333,11 @@ def _read_identity(path: Path) -> dict[str, Any] | None:
 
 
 def _describe_conflict(path: Path, held: dict[str, Any], asked: dict[str, Any]) -> str:
-    mend = "choose another directory with --out, or replace it with --overwrite"
+    mend = "choose another directory with --out"
     if held["experiment"] != asked["experiment"]:
         return (
             f"{path} holds a run of {held['experiment']}, not of "
-            f"{asked['experiment']}: {mend}"
+            f"{asked['experiment']}: {mend}; nothing was changed"
         )
     old, new = held["config"], asked["config"]
     lines = [
@@ -311,7 +345,10 @@ def _describe_conflict(path: Path, held: dict[str, Any], asked: dict[str, Any]) 
         for name in sorted(old.keys() | new.keys())
         if name not in old or name not in new or old[name] != new[name]
     ]
-    return f"{path} holds another config: {mend}\n" + "\n".join(lines)
+    return (
+        f"{path} holds another config: {mend}, or replace it with --overwrite\n"
+        + "\n".join(lines)
+    )
 
 
 def _show(config: dict[str, Any], name: str) -> str:

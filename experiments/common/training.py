@@ -21,7 +21,7 @@ Metrics = Mapping[str, jax.Array]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the state was saved; the message says how to go on."""
+    """Ctrl-C, after the state was saved; the message says where."""
 
 
 def run_epochs(
@@ -83,14 +83,18 @@ def run_epochs(
             bar.set_postfix(shown, refresh=False)
             bar.update()
             last = epoch + 1 == num_epochs
+            if interrupted.is_set() and not last:
+                tqdm.write(
+                    f"Saving epoch {epoch + 1}; Ctrl-C again stops at once.",
+                    file=sys.stderr,
+                )
             if last or interrupted.is_set() or (epoch + 1) % checkpoint_every == 0:
                 run.write_metrics(history)
                 checkpoints.save(epoch + 1, state)
                 run.save_manifest()
             if interrupted.is_set() and not last:
                 raise Interrupted(
-                    f"Stopped after epoch {epoch + 1} of {num_epochs}, which is "
-                    f"saved in {run.path}: the same command goes on from there."
+                    f"Stopped after epoch {epoch + 1} of {num_epochs} in {run.path}"
                 )
     return state, history
 
@@ -133,9 +137,6 @@ def _interrupt_flag() -> Iterator[threading.Event]:
     def handle(signum: int, frame: FrameType | None) -> None:
         flag.set()
         signal.signal(signal.SIGINT, previous)
-        tqdm.write(
-            "Stopping after this epoch; Ctrl-C again stops at once.", file=sys.stderr
-        )
 
     signal.signal(signal.SIGINT, handle)
     try:

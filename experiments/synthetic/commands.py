@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from experiments.common.cli import Invocation, RunOptions
-from experiments.common.run_dir import RunDir, discard_run
+from experiments.common.cli import Invocation, RunOptions, announce
+from experiments.common.run_dir import METRICS as METRICS_FILE
+from experiments.common.run_dir import RunDir, RunDirError
 from experiments.synthetic.config import (
     CompareConfig,
     RerunConfig,
@@ -28,6 +31,7 @@ from experiments.synthetic.training import METRICS, dataset_for
 from experiments.synthetic.training import train as train_to_the_end
 
 EXPERIMENT = "synthetic"
+TRAIN = f"{EXPERIMENT} train"
 TRAIN_FIGURE = "train.png"
 COMPARE_FIGURE = "compare.png"
 COMPARE_TABLE = "compare.csv"
@@ -41,10 +45,9 @@ def train(call: Invocation[TrainConfig, RunOptions]) -> None:
     config = call.config
     name = f"{config.method}-{call.options.preset}-seed{config.seed}"
     path = call.run_path(EXPERIMENT, name, ("method", "seed"))
-    if call.options.overwrite:
-        _discard([path])
-    with _train_dir(path, config, call.command) as run:
-        _announce(run)
+    overwrite = call.options.overwrite
+    with _train_dir(path, config, call.command, overwrite) as run:
+        announce(run)
         if not run.finished:
             _train(run, config, dataset_for(config, config.seed))
         print(format_table([_result(run)]))
@@ -63,11 +66,10 @@ def compare(call: Invocation[CompareConfig, RunOptions]) -> None:
         seed=config.seed,
         command=call.command,
         overwrite=call.options.overwrite,
-        outputs=(COMPARE_FIGURE, COMPARE_TABLE),
+        outputs=(COMPARE_FIGURE, COMPARE_TABLE, TRAIN_FIGURE),
+        parts=TRAIN,
     ) as run:
-        _announce(run)
-        if call.options.overwrite:
-            _discard(run.path / method for method in config.methods)
+        announce(run)
         if not run.finished:
             _compare(run, config, call.command)
         print(format_table(run.summary()["results"]))
@@ -106,16 +108,15 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
         config,
         command=call.command,
         overwrite=options.overwrite,
-        outputs=(SEEDS_TABLE, SEEDS_FIGURE),
+        outputs=(SEEDS_TABLE, SEEDS_FIGURE, TRAIN_FIGURE),
+        parts=TRAIN,
     ) as run:
-        _announce(run)
-        jobs = [
-            (run.path / f"seed{c.seed}", c, call.command)
-            for c in config.train_configs()
-        ]
-        if options.overwrite:
-            _discard(path for path, _, _ in jobs)
+        announce(run)
         if not run.finished:
+            jobs = [
+                (run.path / f"seed{c.seed}", c, call.command)
+                for c in config.train_configs()
+            ]
             outcomes = _run_jobs(jobs, options.workers)
             results = [outcome.result for outcome in outcomes]
             run.write_metrics(results, SEEDS_TABLE)
@@ -155,13 +156,13 @@ def _run_jobs(jobs: Sequence[Job], workers: int) -> list[Outcome]:
 def _outcomes_as_they_come(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
     waiting = iter(jobs)
     running: set[Future[Outcome]] = set()
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _begin_worker
-    ) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with _workers_ended(), ProcessPoolExecutor(workers, spawn, _begin_worker) as pool:
         while True:
             # No more than the workers can take: after Ctrl-C none is left in a queue.
             for job in itertools.islice(waiting, workers - len(running)):
-                running.add(pool.submit(_run_job, *job))
+                with _interrupts_held():
+                    running.add(pool.submit(_run_job, *job))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -169,10 +170,42 @@ def _outcomes_as_they_come(jobs: Sequence[Job], workers: int) -> Iterator[Outcom
                 yield future.result()
 
 
+@contextlib.contextmanager
+def _workers_ended() -> Iterator[None]:
+    """Ends workers that are left: a second Ctrl-C interrupts the pool's own shutdown.
+
+    Killing them is safe at any moment, and waiting for them could take forever.
+    """
+    try:
+        yield
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+
+# Ctrl-C reaches every process of the terminal. Within a job it means what it means in
+# `train`. Between jobs it would kill the worker with a traceback: there it is noted,
+# and ends a job that the worker had already been given.
+_interrupted = threading.Event()
+
+
+def _note_interrupt(signum: int, frame: FrameType | None) -> None:
+    _interrupted.set()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Delays Ctrl-C, also in processes started here, until they take it themselves."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _begin_worker() -> None:
-    # Ctrl-C reaches every process of the terminal: it is for the training loop, and
-    # for a worker without work it means nothing.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, _note_interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -185,11 +218,26 @@ def _end_with_parent() -> None:
 
 
 def _run_job(path: Path, config: TrainConfig, command: str) -> Outcome:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        return _train_seed(path, config, command)
+    finally:
+        signal.signal(signal.SIGINT, _note_interrupt)
+
+
+def _train_seed(path: Path, config: TrainConfig, command: str) -> Outcome:
     with _train_dir(path, config, command) as run:
         if not run.finished:
             _train(run, config, dataset_for(config, config.seed), quiet=True)
-        curve = [row["test_accuracy"] for row in run.read_metrics()]
-        return Outcome(_result(run), curve)
+        rows = run.read_metrics()
+        if len(rows) != config.epochs or "test_accuracy" not in rows[0]:
+            raise RunDirError(
+                f"{run.path / METRICS_FILE} is missing or damaged: remove {run.path} "
+                "and start again, which trains this seed anew"
+            )
+        return Outcome(_result(run), [row["test_accuracy"] for row in rows])
 
 
 def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -206,19 +254,16 @@ def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _discard(paths: Iterable[Path]) -> None:
-    # All of them first: of a run that is stopped halfway, no old part shall stay.
-    for path in paths:
-        discard_run(path, (TRAIN_FIGURE,))
-
-
-def _train_dir(path: Path, config: TrainConfig, command: str) -> RunDir:
+def _train_dir(
+    path: Path, config: TrainConfig, command: str, overwrite: bool = False
+) -> RunDir:
     return RunDir(
         path,
-        f"{EXPERIMENT} train",
+        TRAIN,
         config,
         seed=config.seed,
         command=command,
+        overwrite=overwrite,
         outputs=(TRAIN_FIGURE,),
     )
 
@@ -241,11 +286,6 @@ def _train(
             }
         )
     return trained
-
-
-def _announce(run: RunDir) -> None:
-    state = "finished; --overwrite runs it again" if run.finished else "running"
-    print(f"{run.path}: {state}", flush=True)
 
 
 def _result(run: RunDir) -> dict[str, Any]:

@@ -175,7 +175,8 @@ def _draw_regions(
         antialiased=False,  # or the borders between levels would shine through
     )
     features, labels = jax.tree.map(lambda leaf: leaf[:SHOWN_EXAMPLES], dataset.test)
-    wrong = np.asarray((apply(trained.params, features) > 0) != (labels > 0.5))
+    logits = _logits(apply, trained.params, features)
+    wrong = np.asarray((logits > 0) != (labels > 0.5))
     points = np.asarray(features[:, :MECHANISM_DIMS])
     for label, color in enumerate(CLASS_COLORS):
         x, y = points[(np.asarray(labels) == label) & ~wrong].T
@@ -226,6 +227,11 @@ def region_probability(
       float32 [grid, grid], rows from the lowest second coordinate up.
     """
     return np.asarray(_region_probability(apply, grid, params, shortcuts))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(apply: Apply, params: Params, features: jax.Array) -> jax.Array:
+    return apply(params, features)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

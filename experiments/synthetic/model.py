@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,13 @@ def init_params(
     return nnx.state(model, nnx.Param)
 
 
+@functools.lru_cache(maxsize=16)
 def make_apply(inputs: int, hidden_units: int, hidden_layers: int) -> Apply:
-    """A pure function from parameters and features [..., inputs] to logits [...]."""
+    """A pure function from parameters and features [..., inputs] to logits [...].
+
+    The same sizes give the same function, so that what is compiled for it once
+    serves all methods and seeds.
+    """
     model = nnx.eval_shape(
         lambda: MLP(inputs, hidden_units, hidden_layers, rngs=nnx.Rngs(0))
     )

@@ -59,7 +59,7 @@ def command_environment(tmp_path_factory):
 def start(command_environment):
     """Starts `python -m experiments.synthetic ...` as a process."""
 
-    def start(*arguments):
+    def start(*arguments, **options):
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.synthetic", *map(str, arguments)],
             cwd=ROOT,
@@ -67,6 +67,7 @@ def start(command_environment):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            **options,
         )
 
     return start

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from experiments.benchmark.__main__ import COMMANDS, PROG
+from experiments.benchmark.__main__ import COMMANDS, PROG, measure
 from experiments.common.cli import main
+from experiments.common.run_dir import RunDirError
 
 
 def run(*arguments):
@@ -22,7 +23,18 @@ def test_epochs_without_torch_measures_both_oracles(tmp_path, capsys):
     assert losses["jax_scan"] == pytest.approx(losses["jax_vmap"], rel=1e-5)
     assert len((tmp_path / "epochs.csv").read_text().splitlines()) == 1 + 3
     assert (tmp_path / "epochs.png").read_bytes().startswith(b"\x89PNG")
-    assert "| hardvary, scan over environments |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{tmp_path}: running" in out
+    assert "| hardvary, scan over environments |" in out
+    assert "times as fast" not in out
+
+    assert run("--out", tmp_path) == 0
+    assert f"{tmp_path}: finished; --overwrite" in capsys.readouterr().out
+    # A run with PyTorch is another run, not another config of this one.
+    code = run("--out", tmp_path, "--torch-python", "python", "--overwrite")
+    assert code == 2
+    assert "not of benchmark epochs with PyTorch" in capsys.readouterr().err
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
 def test_epochs_with_an_interpreter_that_is_not_there_says_so(tmp_path, capsys):
@@ -37,3 +49,51 @@ def test_epochs_with_an_interpreter_without_torch_says_so(tmp_path, capsys):
     python.chmod(0o755)
     assert run("--out", tmp_path / "run", "--torch-python", python) == 2
     assert "the PyTorch process ended early" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+    ],
+)
+def test_epochs_invalid_value_is_one_line_and_exit_2(arguments, message, capsys):
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--optimizer", "sgd"),
+        ("--schedule", "cosine"),
+        ("--l1", "0.1"),
+        ("--weight-decay", "0.1"),
+    ],
+)
+def test_epochs_setting_that_the_peers_lack_is_refused(tmp_path, capsys, flag, value):
+    out = tmp_path / "run"
+    assert run("--out", out, "--torch-python", "python", flag, value) == 2
+    error = capsys.readouterr().err
+    assert f"{flag[2:].replace('-', '_')} must be" in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("flag", ["--torch", "--no-torch"])
+def test_epochs_torch_is_not_a_flag(flag, capsys):
+    with pytest.raises(SystemExit):
+        run(flag)
+    assert flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", [0.7 * 1.002, float("nan")])
+def test_measure_other_losses_are_refused(loss):
+    def contestant(loss):
+        return lambda: {"seconds": 1.0, "loss": loss}
+
+    contestants = {"a": contestant(0.7), "b": contestant(0.7 * 1.0005)}
+    assert len(measure(contestants, 2)[1]) == 2
+    with pytest.raises(RunDirError, match="do not train the same"):
+        measure({**contestants, "c": contestant(loss)}, 2)

@@ -156,13 +156,24 @@ def test_main_refused_directory_is_one_message_and_exit_2(call, capsys):
     assert capsys.readouterr().err == "error: this one is taken\n"
 
 
-def test_main_interrupt_says_how_to_go_on_and_exits_130(call, capsys):
+@pytest.mark.parametrize(
+    ("argv", "again"),
+    [
+        ([], "the same command goes on"),
+        (["--overwrite"], "the same command, without --overwrite, goes on"),
+    ],
+)
+@pytest.mark.parametrize("message", [[], ["Stopped in the middle"]])
+def test_main_interrupt_says_how_to_go_on_and_exits_130(
+    call, capsys, argv, again, message
+):
     def run(invocation):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*message)
 
-    code, _ = call("go", run=run)
+    code, _ = call("go", *argv, run=run)
     assert code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    stopped = message[0] if message else "Stopped"
+    assert capsys.readouterr().err == f"\n{stopped}: {again} from what is saved.\n"
 
 
 def test_main_bug_keeps_its_traceback(call):

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import pathlib
 import subprocess
 
 import jax
@@ -6,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.common import manifest
-from experiments.common.run_dir import RunDir, RunDirError, discard_run, format_csv
+from experiments.common.run_dir import RunDir, RunDirError, format_csv
 from tests.experiments.conftest import ToyConfig
 
 
@@ -90,11 +93,14 @@ def test_run_dir_config_of_an_older_version_is_refused_naming_the_new_field(open
         open_run()
 
 
-def test_run_dir_other_experiment_is_refused(open_run):
-    with open_run():
-        pass
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_run_dir_other_experiment_is_refused_and_untouched(open_run, overwrite):
+    with open_run() as run:
+        run.finish({"loss": 1.0})
+    before = contents(run.path)
     with pytest.raises(RunDirError, match="a run of toy train, not of toy compare"):
-        open_run(experiment="toy compare")
+        open_run(experiment="toy compare", overwrite=overwrite)
+    assert contents(run.path) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -153,17 +159,110 @@ def test_run_dir_overwrite_removes_the_run_and_nothing_else(open_run):
     assert (run.path / "notes.txt").read_text() == "mine"
 
 
-def test_discard_run_removes_a_run_and_leaves_other_directories(open_run, tmp_path):
-    with open_run() as run:
+OUTPUTS = ("figure.png",)
+
+
+@pytest.fixture
+def open_whole(open_run):
+    """Opens tmp_path/run as a run whose parts are runs of `toy train`."""
+
+    def open_whole(**kwargs):
+        return open_run(
+            experiment="toy compare", outputs=OUTPUTS, parts="toy train", **kwargs
+        )
+
+    return open_whole
+
+
+def finish_part(directory):
+    with RunDir(directory, "toy train", ToyConfig(), outputs=OUTPUTS) as run:
+        run.write_metrics([{"epoch": 1.0}])
+        (directory / "figure.png").write_bytes(b"old")
         run.finish({"loss": 1.0})
-        with pytest.raises(RunDirError, match="in use"):
-            discard_run(run.path)
-    discard_run(run.path)
-    assert [p.name for p in run.path.iterdir()] == [".lock"]
-    (tmp_path / "notes.txt").write_text("mine")
-    discard_run(tmp_path)
-    discard_run(tmp_path / "not there")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def whole(open_whole):
+    """Directory of a finished run with two parts, and others beside them."""
+    with open_whole() as run:
+        finish_part(run.path / "a")
+        finish_part(run.path / "b")
+        (run.path / "a" / "notes.txt").write_text("mine")
+        (run.path / "mine").mkdir()
+        (run.path / "mine" / "config.json").write_text("{}")
+        with RunDir(run.path / "other", "other train", ToyConfig()) as other:
+            other.finish({"loss": 1.0})
+        run.finish({"loss": 1.0})
+    return run.path
+
+
+def test_run_dir_overwrite_discards_every_part_and_nothing_else(whole, open_whole):
+    foreign = {p: contents(whole / p) for p in ("mine", "other")}
+    with open_whole(overwrite=True) as run:
+        assert not run.finished
+    assert sorted(p.name for p in (whole / "a").iterdir()) == [
+        ".lock",
+        "config.json",
+        "notes.txt",
+    ]
+    assert sorted(p.name for p in (whole / "b").iterdir()) == [".lock", "config.json"]
+    assert {p: contents(whole / p) for p in foreign} == foreign
+    # The part can be another run now.
+    with RunDir(whole / "a", "toy train", ToyConfig(rate=0.1)) as part:
+        assert '"rate": 0.1' in (part.path / "config.json").read_text()
+
+
+def test_run_dir_overwrite_with_a_part_in_use_changes_nothing(whole, open_whole):
+    with RunDir(whole / "b", "toy train", ToyConfig()):
+        before = contents(whole)
+        with pytest.raises(RunDirError, match=r"b is in use by another process"):
+            open_whole(overwrite=True)
+        assert contents(whole) == before
+
+
+def test_run_dir_without_overwrite_keeps_the_parts(whole, open_whole):
+    (whole / "summary.json").unlink()
+    before = contents(whole / "a")
+    with open_whole():
+        pass
+    assert contents(whole / "a") == before
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_run_dir_overwrite_killed_halfway_can_be_entered_and_mixes_nothing(
+    whole, open_whole, monkeypatch, moment
+):
+    """`moment`: how many removals and renames happen before the kill."""
+    count = 0
+
+    def until_killed(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count > moment:
+                raise KilledError
+            return function(*args, **kwargs)
+
+        return call
+
+    new = ToyConfig(rate=0.25)
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "unlink", until_killed(pathlib.Path.unlink))
+        patch.setattr(os, "replace", until_killed(os.replace))
+        with pytest.raises(KilledError):
+            open_whole(config=new, overwrite=True)
+    held = json.loads((whole / "config.json").read_text())["config"]["rate"]
+    if held == 0.25:
+        assert not list(whole.glob("[ab]/*.csv"))
+    with open_whole(config=ToyConfig(rate=held)) as run:
+        assert run.finished == (whole / "summary.json").exists()
+    with open_whole(config=new, overwrite=True) as run:
+        assert not run.finished
+        assert not list(whole.glob("[ab]/*.csv"))
 
 
 def test_run_dir_in_use_is_refused_until_closed(open_run):
@@ -174,6 +273,15 @@ def test_run_dir_in_use_is_refused_until_closed(open_run):
         assert contents(run.path) == before
     with open_run():
         pass
+
+
+def test_run_dir_file_system_without_locks_says_so(open_run, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(RunDirError, match=r"without locks \(No locks available\)"):
+        open_run()
 
 
 def test_run_dir_refused_config_frees_the_lock(open_run):
@@ -193,14 +301,29 @@ def test_run_dir_damaged_summary_says_what_to_do(open_run):
         run.summary()
 
 
-def test_run_dir_changed_surroundings_warns_on_resume(open_run, capsys):
+@pytest.mark.parametrize(
+    ("name", "value", "label"),
+    [
+        ("cpu", "another", "CPU"),
+        ("python", "3.99.0", "Python"),
+        ("git", {"revision": "0" * 40, "dirty": False}, "git revision"),
+    ],
+)
+def test_run_dir_changed_surroundings_warn_and_stay_in_the_manifest(
+    open_run, capsys, name, value, label
+):
     with open_run() as run:
         recorded = run.manifest()
-    recorded["cpu"] = "another CPU"
-    (run.path / "manifest.json").write_text(json.dumps(recorded))
-    with open_run():
-        pass
-    assert "begun under another cpu" in capsys.readouterr().err
+    assert "earlier_environments" not in recorded
+    (run.path / "manifest.json").write_text(json.dumps({**recorded, name: value}))
+    for _ in range(2):  # the second time nothing changes
+        with open_run() as run:
+            resumed = run.manifest()
+    assert capsys.readouterr().err.count(f"begun under another {label}:") == 1
+    assert resumed[name] == recorded[name]
+    (earlier,) = resumed["earlier_environments"]
+    assert earlier[name] == value
+    assert earlier["packages"] == recorded["packages"]
 
 
 def test_format_csv_float32_survives_the_round_trip(open_run):
@@ -235,7 +358,8 @@ def test_git_revision_outside_of_git_is_none(tmp_path, monkeypatch):
     assert manifest.git_revision(tmp_path) is None
 
 
-def test_git_revision_changed_file_is_dirty(tmp_path):
+@pytest.mark.parametrize("changed", ["a", "new"])
+def test_git_revision_changed_or_new_file_is_dirty(tmp_path, changed):
     author = ("-c", "user.name=a", "-c", "user.email=a@b")
 
     def git(*arguments):
@@ -247,7 +371,7 @@ def test_git_revision_changed_file_is_dirty(tmp_path):
     git("add", "a")
     git("commit", "-m", "first")
     clean = manifest.git_revision(tmp_path)
-    (tmp_path / "a").write_text("2")
+    (tmp_path / changed).write_text("2")
     dirty = manifest.git_revision(tmp_path)
     assert clean["dirty"] is False
     assert dirty == {"revision": clean["revision"], "dirty": True}

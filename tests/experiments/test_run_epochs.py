@@ -138,7 +138,25 @@ def empty_checksums(step_dir):
     step_dir.with_suffix(".sha256").write_text("")
 
 
-DAMAGES = [truncate, flip_a_bit, remove_a_file, remove_checksums, empty_checksums]
+def truncate_checksums(step_dir):
+    file = step_dir.with_suffix(".sha256")
+    file.write_bytes(file.read_bytes()[:-90])
+
+
+def cut_checksums_at_a_line(step_dir):
+    file = step_dir.with_suffix(".sha256")
+    file.write_text("".join(file.read_text().splitlines(True)[:-1]))
+
+
+DAMAGES = [
+    truncate,
+    flip_a_bit,
+    remove_a_file,
+    remove_checksums,
+    empty_checksums,
+    truncate_checksums,
+    cut_checksums_at_a_line,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -189,22 +207,25 @@ def test_run_epochs_metrics_lost_starts_again(open_run, expected, capsys, damage
     assert "starting again" in capsys.readouterr().err
 
 
-def test_run_epochs_checkpoint_of_another_structure_is_refused(open_run):
-    train(open_run)
+@pytest.mark.parametrize("state", [{"x": jnp.zeros((3, 2))}, {"y": 0.0}, [1.0]])
+def test_run_epochs_checkpoint_of_another_structure_is_refused(open_run, state):
+    path, _, _ = train(open_run)
     with open_run() as run, pytest.raises(RunDirError, match="--overwrite"):
-        run_epochs(run, toy_epoch, {"x": jnp.zeros((3, 2))}, EPOCHS)
+        run_epochs(run, toy_epoch, state, EPOCHS)
+    assert (path / "checkpoint" / "9").exists()
 
 
-def test_run_epochs_interrupt_saves_the_epoch_and_resumes(open_run, expected):
+def test_run_epochs_interrupt_saves_the_epoch_and_resumes(open_run, expected, capsys):
     def epoch_fn(state, index):
         if index == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return toy_epoch(state, index)
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"after epoch 3 of 9.*same command"):
+    with pytest.raises(Interrupted, match=r"^Stopped after epoch 3 of 9 in .*run$"):
         train(open_run, epoch_fn=epoch_fn, every=100)
     assert signal.getsignal(signal.SIGINT) is before
+    assert "Saving epoch 3; Ctrl-C again stops at once." in capsys.readouterr().err
     path, _, _ = train(open_run, epoch_fn=crash_before(3), every=100)
     assert (path / "metrics.csv").read_bytes() == expected
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from matplotlib.image import imread
 
 from experiments.common.cli import main
-from experiments.common.run_dir import RunDir
+from experiments.common.run_dir import RunDir, RunDirError
 from experiments.synthetic import commands
 from experiments.synthetic.__main__ import COMMANDS
 from experiments.synthetic.commands import format_table, summarize_seeds
@@ -64,6 +65,13 @@ def wait_for_progress(process, path):
         time.sleep(0.005)
 
 
+def wait_until(process, condition):
+    """Waits for something that the process does before it ends."""
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
 def test_train_killed_five_times_ends_bit_identical(start, undisturbed, tmp_path):
     path, moment, kills = tmp_path / "run", random.Random(0), 0
     for attempt in range(5):
@@ -94,7 +102,7 @@ def test_train_interrupted_and_then_damaged_ends_bit_identical(
         wait_for_progress(process, path)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
-    assert "the same command goes on from there" in err
+    assert f"in {path}: the same command goes on from what is saved" in err
     assert "Traceback" not in err
     assert not (path / "summary.json").exists()
 
@@ -152,7 +160,7 @@ def test_train_finished_is_not_computed_again(trained, capsys):
     assert "and_mask" in out
 
 
-def test_train_overwrite_discards_the_finished_run(tmp_path, monkeypatch):
+def test_train_overwrite_discards_the_finished_run(tmp_path, monkeypatch, capsys):
     with RunDir(tmp_path, "synthetic train", TrainConfig()) as run:
         run.finish({"from": "an older version of the program"})
 
@@ -164,6 +172,7 @@ def test_train_overwrite_discards_the_finished_run(tmp_path, monkeypatch):
     assert run.finished
     code = synthetic("train", "--preset", "smoke", "--out", tmp_path, "--overwrite")
     assert code == 130
+    assert "without --overwrite, goes on" in capsys.readouterr().err
     assert not run.finished
     assert '"num_envs": 4' in (tmp_path / "config.json").read_text()
 
@@ -257,20 +266,31 @@ RERUN = RerunConfig(**PRESETS["smoke"], seeds=(0, 1))
 
 
 @pytest.mark.parametrize(
-    ("command", "config", "parts"),
+    ("command", "config", "parts", "narrower"),
     [
-        ("compare", COMPARE, {m: COMPARE.train_config(m) for m in COMPARE.methods}),
-        ("rerun", RERUN, {f"seed{c.seed}": c for c in RERUN.train_configs()}),
+        (
+            "compare",
+            COMPARE,
+            {m: COMPARE.train_config(m) for m in COMPARE.methods},
+            ["--methods", "erm"],
+        ),
+        (
+            "rerun",
+            RERUN,
+            {f"seed{c.seed}": c for c in RERUN.train_configs()},
+            ["--seeds", 0, 0],
+        ),
     ],
     ids=["compare", "rerun"],
 )
 def test_overwrite_discards_every_part_before_it_trains(
-    command, config, parts, tmp_path, monkeypatch
+    command, config, parts, narrower, tmp_path, monkeypatch
 ):
     path = tmp_path / "run"
     with RunDir(path, f"synthetic {command}", config):
         for name, part in parts.items():
             with RunDir(path / name, "synthetic train", part) as run:
+                (path / name / "train.png").touch()
                 run.finish({"from": "an older version of the program"})
 
     def stop(*args, **kwargs):
@@ -278,19 +298,86 @@ def test_overwrite_discards_every_part_before_it_trains(
 
     monkeypatch.setattr(commands, "_train", stop)
     monkeypatch.setattr(commands, "_run_jobs", stop)
-    seeds = ["--seeds", 0, 1] if command == "rerun" else []
-    arguments = [command, "--preset", "smoke", *seeds, "--out", path, "--overwrite"]
-    assert synthetic(*arguments) == 130
+    # Another subcommand changes nothing.
+    assert synthetic("train", "--out", path, "--overwrite") == 2
+    assert len(list(path.rglob("summary.json"))) == len(parts)
+    arguments = [command, "--preset", "smoke", *narrower, "--out", path]
+    assert synthetic(*arguments, "--overwrite") == 130
     assert not list(path.rglob("summary.json"))
+    assert not list(path.rglob("train.png"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "garbled"])
+def test_rerun_finished_seed_without_its_metrics_is_refused_naming_them(
+    tmp_path, damage
+):
+    config = TrainConfig(**PRESETS["smoke"])
+    path = tmp_path / "seed0"
+    metrics = path / "metrics.csv"
+    rows = [{"epoch": 1.0 + e, "test_accuracy": 1.0} for e in range(config.epochs)]
+    with RunDir(path, "synthetic train", config) as run:
+        run.write_metrics(rows)
+        run.finish({"seed": 0, "test_accuracy": 1.0})
+    assert commands._train_seed(path, config, "").test_accuracy == [1.0] * len(rows)
+    if damage == "missing":
+        metrics.unlink()
+    elif damage == "short":
+        metrics.write_text("".join(metrics.read_text().splitlines(True)[:-1]))
+    else:
+        metrics.write_text(metrics.read_text().replace("test", "x"))
+    with pytest.raises(RunDirError, match=f"{metrics} is missing or damaged: remove"):
+        commands._train_seed(path, config, "")
+
+
+def rerun_in_a_terminal(start, path):
+    """Starts a rerun without end in a process group of its own, as a shell does."""
+    endless = ("--preset", "smoke", "--epochs", 10**6, "--checkpoint-every", 10**6)
+    return start(
+        *("rerun", *endless, "--seeds", 0, 1, "--workers", 2, "--out", path),
+        start_new_session=True,
+    )
+
+
+def ctrl_c(process, times=1):
+    """Sends Ctrl-C to all the processes, and waits for their end."""
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    _, err = finish(process, code=130)
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    return err
+
+
+def test_rerun_interrupted_saves_the_epoch_of_every_worker(start, tmp_path):
+    path = tmp_path / "rerun"
+    process = rerun_in_a_terminal(start, path)
+    seeds = [path / "seed0", path / "seed1"]
+    wait_until(process, lambda: all((seed / "checkpoint").exists() for seed in seeds))
+    time.sleep(1)  # now they are in the loop over epochs
+    err = ctrl_c(process)
+    assert err.count("Ctrl-C again stops at once") == 2
+    for seed in seeds:
+        epochs = len(read_csv(seed / "metrics.csv"))
+        assert (seed / "checkpoint" / str(epochs)).exists()
+    assert not list(path.rglob("summary.json"))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_rerun_interrupted_outside_of_the_loop_stops_at_once(start, tmp_path, times):
+    path = tmp_path / "rerun"
+    process = rerun_in_a_terminal(start, path)
+    wait_until(process, (path / "manifest.json").exists)
+    time.sleep(0.3)  # while the workers start
+    ctrl_c(process, times)
+    assert not list(path.rglob("metrics.csv"))
 
 
 def test_rerun_killed_goes_on_with_the_seeds_that_are_left(start, tmp_path):
     path = tmp_path / "rerun"
     arguments = ("rerun", "--preset", "smoke", "--seeds", 0, 2, "--out", path)
     process = start(*arguments)
-    while not (path / "seed0" / "summary.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(process, (path / "seed0" / "summary.json").exists)
     process.kill()
     process.communicate()
     done = modified(path / "seed0" / "metrics.csv")

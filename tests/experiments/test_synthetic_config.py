@@ -53,6 +53,12 @@ def test_train_config_invalid_value_names_field_rule_and_value(field, value, rul
     assert str(error.value) == f"{field} must be {rule}, got {value!r}"
 
 
+def test_train_config_max_rescale_without_rescale_is_refused():
+    assert TrainConfig(rescale=True, max_rescale=2.0).max_rescale == 2.0
+    with pytest.raises(ValueError, match=r"max_rescale needs rescale=True, got 2\.0"):
+        TrainConfig(max_rescale=2.0)
+
+
 @pytest.mark.parametrize(
     ("methods", "rule"),
     [

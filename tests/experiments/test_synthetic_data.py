@@ -30,8 +30,8 @@ def shortcuts_of(split):
 def test_make_dataset_has_the_documented_shapes(dataset):
     assert dataset.train.features.shape == (ENVS, EXAMPLES, 2 + DIMS)
     assert dataset.train.labels.shape == (ENVS, EXAMPLES)
-    assert dataset.held_out.features.shape == (16, 128, 2 + DIMS)
-    assert dataset.held_out.labels.shape == (16, 128)
+    assert dataset.held_out.features.shape == (128, 16, 2 + DIMS)
+    assert dataset.held_out.labels.shape == (128, 16)
     assert dataset.test.features.shape == (2000, 2 + DIMS)
     assert dataset.test.labels.shape == (2000,)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(dataset))
@@ -108,7 +108,7 @@ def test_make_dataset_splits_share_no_shortcut(dataset):
         for split in dataset
     ]
     train, held_out, test = seen
-    assert [len(train), len(held_out), len(test)] == [ENVS, 16, TEST_EXAMPLES]
+    assert [len(train), len(held_out), len(test)] == [ENVS, 128, TEST_EXAMPLES]
     assert train.isdisjoint(held_out)
     assert train.isdisjoint(test)
     assert held_out.isdisjoint(test)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from experiments.synthetic import figures
 from experiments.synthetic.config import PRESETS, TrainConfig
 from experiments.synthetic.figures import (
     EXTENT,
@@ -49,6 +50,19 @@ def test_region_probability_averages_over_shortcuts():
     shortcuts = jnp.array([[1.0], [1.0], [1.0], [-1.0]])
     probability = region_probability(apply, None, shortcuts, grid=2)
     np.testing.assert_allclose(probability, 0.75, rtol=1e-6)
+
+
+def test_draw_compiles_once_for_all_methods():
+    config = TrainConfig(**{**PRESETS["smoke"], "hidden_units": 11})
+    dataset = dataset_for(config, 0)
+    params = make_trainer(config).init(make_keys(0)).params
+    history = [{"epoch": 1, **dict.fromkeys(METRICS, 0.5)}]
+    compiled = (figures._region_probability, figures._logits)
+    before = [function._cache_size() for function in compiled]
+    for methods in (["erm"], ["and_mask"], ["erm", "and_mask", "geometric_mean"]):
+        draw(config, dataset, dict.fromkeys(methods, Trained(params, history)))
+    after = [function._cache_size() for function in compiled]
+    assert after == [size + 1 for size in before]
 
 
 @pytest.mark.parametrize("methods", [["erm"], ["erm", "and_mask", "geometric_mean"]])
