@@ -14,6 +14,7 @@ from hardvary._statistics import (
     AxisName,
     finalize,
     mean_like,
+    names_of,
     reduce_stacked,
     sum_over_envs,
     total_weight,
@@ -448,8 +449,8 @@ def _vary_like(
 
     wanted = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(reference)))
     if axis_name is not None:
-        names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-        wanted |= names & set(jax.sharding.get_abstract_mesh().manual_axes)
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        wanted |= set(names_of(axis_name)) & set(manual)
 
     def cast(leaf: Any) -> Any:
         missing = tuple(sorted(wanted - axes(leaf)))

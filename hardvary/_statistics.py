@@ -56,6 +56,10 @@ FIELDS = {
 }
 
 
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
 def sign_or_nan(grad: jax.Array) -> jax.Array:
     """The vote of a gradient: its sign, NaN where it is not finite."""
     # The sign of an infinite gradient is finite: without this the sum of signs would
@@ -132,7 +136,7 @@ def finalize(
     axis_names: tuple[str, ...] = ()
     if axis_name is not None:
         sums, num_envs = jax.lax.psum((sums, num_envs), axis_name)
-        axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        axis_names = names_of(axis_name)
     num_envs = jnp.asarray(num_envs)
     num_envs = num_envs.astype(_validate.wide(num_envs.dtype))
 
@@ -281,8 +285,7 @@ def as_grad_stats(
             grads, num_envs=total.astype(_validate.wide(total.dtype))
         )
         if axis_name is not None:
-            names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-            rest = tuple(n for n in names if n not in grads.axis_names)
+            rest = tuple(n for n in names_of(axis_name) if n not in grads.axis_names)
             if rest:
                 return combine_over_axis(grads, rest)
         return grads

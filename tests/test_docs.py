@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
 import pathlib
 import re
 import shlex
@@ -133,14 +134,26 @@ def with_python(paths):
 @pytest.mark.parametrize("path", with_python(FILES), ids=lambda path: path.name)
 @pytest.mark.usefixtures("standard_promotion")
 def test_python_blocks_of_a_page_run_in_order(path, tmp_path, monkeypatch):
+    """And print what the comments beside them say."""
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    with jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(None):
-        for block in blocks(path):
-            if block.language == "python":
-                # The line numbers of a traceback are those of the page.
-                source = "\n" * block.line + block.code
-                exec(compile(source, str(path), "exec"), namespace)
+    output = io.StringIO()
+    code = [block for block in blocks(path) if block.language == "python"]
+    with jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(output):
+        for block in code:
+            # The line numbers of a traceback are those of the page.
+            source = "\n" * block.line + block.code
+            exec(compile(source, str(path), "exec"), namespace)
+    printed = [tokens(line) for line in output.getvalue().splitlines()]
+    source = "\n".join(block.code for block in code)
+    promised = re.findall(r"^print\(.*\)  # (.+)$", source, re.MULTILINE)
+    for line in promised:
+        assert tokens(line) in printed, line
+
+
+def tokens(line):
+    """Words of a printed line; how arrays are padded does not matter."""
+    return re.sub(r"[\[\]]", " ", line).split()
 
 
 def side_of_diff(code, sign):
