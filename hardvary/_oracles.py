@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _validate
+from hardvary import _fused, _validate
 from hardvary._statistics import (
     FIELDS,
     AxisName,
     finalize,
     mean_like,
-    names_of,
     reduce_stacked,
     sum_over_envs,
     total_weight,
+    vary_like,
 )
 
 PyTree = Any
 
-METHODS = ("scan", "vmap")
+METHODS = ("fused", "scan", "vmap")
 
 
 def per_env_grad(
@@ -113,7 +113,7 @@ def grad_stats(
     loss_fn: Callable[..., Any],
     *,
     stats: Sequence[str] = ("mean", "sign"),
-    method: str = "scan",
+    method: str = "fused",
     microbatch_size: int | None = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
@@ -185,7 +185,7 @@ def value_and_grad_stats(
     loss_fn: Callable[..., Any],
     *,
     stats: Sequence[str] = ("mean", "sign"),
-    method: str = "scan",
+    method: str = "fused",
     microbatch_size: int | None = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
@@ -251,7 +251,9 @@ def value_and_grad_stats(
         weights = None
         if env_weights is not None:
             weights = _validate.env_weights(env_weights, problem.num_envs, "grad_stats")
-        run = _stack_then_reduce if method == "vmap" else _scan_and_add
+        run = {"fused": _fuse, "scan": _scan_and_add, "vmap": _stack_then_reduce}[
+            method
+        ]
         losses, aux, result = run(problem, stats, weights, microbatch_size, axis_name)
         result = mean_like(result, problem.params)
         return ((losses, aux) if has_aux else losses), result
@@ -272,19 +274,23 @@ def _stack_then_reduce(
     return losses, aux, result
 
 
-def _scan_and_add(
+def _add_up(
     problem: "_Problem",
     stats: Sequence[str],
     weights: jax.Array | None,
-    microbatch_size: int | None,
+    size: int,
     axis_name: AxisName | None,
+    microbatch: Callable[..., Any],
 ) -> tuple[jax.Array, PyTree, Any]:
-    size = 1 if microbatch_size is None else int(microbatch_size)
+    """Adds up the statistics of `size` environments at a time.
+
+    `microbatch(batch, weights)` returns their sums and `(losses, aux)`.
+    """
     count, rest = divmod(problem.num_envs, size)
     if rest:
         raise ValueError(
             f"microbatch_size must divide the number of environments, got "
-            f"{microbatch_size} for {problem.num_envs}"
+            f"{size} for {problem.num_envs}"
         )
 
     def split(leaf: Any) -> jax.Array:
@@ -295,8 +301,35 @@ def _scan_and_add(
             leaf = jax.reshard(leaf, jax.P(None, *spec[1:]))
         return leaf.reshape(count, size, *leaf.shape[1:])
 
-    def microbatch(inputs: Any) -> Any:
-        batch, micro_weights = inputs
+    def body(total: Any, inputs: Any) -> tuple[Any, Any]:
+        sums, value = microbatch(*inputs)
+        return jax.tree.map(jnp.add, total, sums), value
+
+    def zero(param: Any) -> jax.Array:
+        dtype = _validate.wide(jnp.result_type(param))
+        return jnp.zeros(np.shape(param), dtype)
+
+    zeros = {name: jax.tree.map(zero, problem.params) for name in stats}
+    zeros = vary_like(zeros, (problem.batch, problem.params, weights))
+    inputs = jax.tree.map(split, (problem.batch, weights))
+    sums, value = jax.lax.scan(body, zeros, inputs)
+    losses, aux = jax.tree.map(
+        lambda leaf: leaf.reshape(problem.num_envs, *leaf.shape[2:]), value
+    )
+    num_envs = total_weight(problem.num_envs, weights)
+    return losses, aux, finalize(sums, num_envs, axis_name)
+
+
+def _scan_and_add(
+    problem: "_Problem",
+    stats: Sequence[str],
+    weights: jax.Array | None,
+    microbatch_size: int | None,
+    axis_name: AxisName | None,
+) -> tuple[jax.Array, PyTree, Any]:
+    size = 1 if microbatch_size is None else int(microbatch_size)
+
+    def microbatch(batch: Any, weights: jax.Array | None) -> Any:
         if size == 1:
             # Not vmap over one: a batched convolution gradient is far slower.
             value, grads = problem.value_and_grad(
@@ -307,23 +340,27 @@ def _scan_and_add(
             )
         else:
             value, grads = jax.vmap(problem.value_and_grad)(batch)
-        return sum_over_envs(grads, stats, micro_weights), value
+        return sum_over_envs(grads, stats, weights), value
 
-    def body(total: Any, inputs: Any) -> tuple[Any, Any]:
-        sums, value = microbatch(inputs)
-        return jax.tree.map(jnp.add, total, sums), value
+    return _add_up(problem, stats, weights, size, axis_name, microbatch)
 
-    def zero(param: Any) -> jax.Array:
-        dtype = _validate.wide(jnp.result_type(param))
-        return jnp.zeros(np.shape(param), dtype)
 
-    zeros = {name: jax.tree.map(zero, problem.params) for name in stats}
-    zeros = _vary_like(zeros, (problem.batch, problem.params, weights))
-    inputs = jax.tree.map(split, (problem.batch, weights))
-    sums, value = jax.lax.scan(body, zeros, inputs)
-    losses, aux = jax.tree.map(
-        lambda leaf: leaf.reshape(problem.num_envs, *leaf.shape[2:]), value
-    )
+def _fuse(
+    problem: "_Problem",
+    stats: Sequence[str],
+    weights: jax.Array | None,
+    microbatch_size: int | None,
+    axis_name: AxisName | None,
+) -> tuple[jax.Array, PyTree, Any]:
+    def all_at_once(batch: Any, weights: jax.Array | None) -> Any:
+        traced = _fused.Traced(problem.loss, problem.params, batch, None)
+        sums = _fused.sums(traced, stats, weights)
+        return sums, (traced.losses, traced.aux)
+
+    if microbatch_size is not None and microbatch_size < problem.num_envs:
+        size = int(microbatch_size)
+        return _add_up(problem, stats, weights, size, axis_name, all_at_once)
+    sums, (losses, aux) = all_at_once(problem.batch, weights)
     num_envs = total_weight(problem.num_envs, weights)
     return losses, aux, finalize(sums, num_envs, axis_name)
 
@@ -390,20 +427,20 @@ class _Problem:
         # devices before anyone could look at its sign.
         # Its loss may also differ between devices by a keyword argument or, which only
         # axis_name tells, by what it closes over.
-        self.params = _vary_like(params, (self.batch, kwargs), axis_name)
+        self.params = vary_like(params, (self.batch, kwargs), axis_name)
+
+    def loss(self, params: PyTree, env_batch: dict[int, Any]) -> tuple[jax.Array, Any]:
+        """Returns `(loss, aux)` of one environment; aux is None if there is none."""
+        own = (params,) if self._single else params
+        args = [
+            own[self._positions.index(i)] if i in self._positions else env_batch[i]
+            for i in range(self._num_args)
+        ]
+        return self._checked(self._loss_fn(*args, **self._kwargs))
 
     def value_and_grad(self, env_batch: dict[int, Any]) -> Any:
         """Returns `((loss, aux), grads)` of one environment."""
-
-        def loss_with_aux(params: PyTree) -> tuple[jax.Array, Any]:
-            own = (params,) if self._single else params
-            args = [
-                own[self._positions.index(i)] if i in self._positions else env_batch[i]
-                for i in range(self._num_args)
-            ]
-            return self._checked(self._loss_fn(*args, **self._kwargs))
-
-        return jax.value_and_grad(loss_with_aux, has_aux=True)(self.params)
+        return jax.value_and_grad(self.loss, has_aux=True)(self.params, env_batch)
 
     def _checked(self, output: Any) -> tuple[jax.Array, Any]:
         if self._has_aux:
@@ -432,28 +469,3 @@ class _Problem:
         raise TypeError(
             f"the loss of one environment must be a real scalar, got {received}"
         )
-
-
-def _vary_like(
-    tree: PyTree, reference: PyTree, axis_name: AxisName | None = None
-) -> PyTree:
-    """Marks `tree` as varying over the shard_map axes that `reference` varies over.
-
-    And over `axis_name`, as far as it names such axes.
-    """
-
-    def axes(leaf: Any) -> frozenset[Any]:
-        if not isinstance(leaf, jax.Array):
-            return frozenset()
-        return jax.typeof(leaf).manual_axis_type.varying
-
-    wanted = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(reference)))
-    if axis_name is not None:
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        wanted |= set(names_of(axis_name)) & set(manual)
-
-    def cast(leaf: Any) -> Any:
-        missing = tuple(sorted(wanted - axes(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, tree) if wanted else tree

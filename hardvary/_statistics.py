@@ -201,6 +201,31 @@ def reduce_stacked(
     return finalize(sums, total_weight(num_envs, weights), axis_name)
 
 
+def vary_like(
+    tree: PyTree, reference: PyTree, axis_name: AxisName | None = None
+) -> PyTree:
+    """Marks `tree` as varying over the shard_map axes that `reference` varies over.
+
+    And over `axis_name`, as far as it names such axes.
+    """
+
+    def axes(leaf: Any) -> frozenset[Any]:
+        if not isinstance(leaf, jax.Array):
+            return frozenset()
+        return jax.typeof(leaf).manual_axis_type.varying
+
+    wanted = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(reference)))
+    if axis_name is not None:
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        wanted |= set(names_of(axis_name)) & set(manual)
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(wanted - axes(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree) if wanted else tree
+
+
 def agreement(grads_or_stats: PyTree, *, env_weights: Any = None) -> PyTree:
     r"""Share of environments by which one sign outnumbers the other.
 

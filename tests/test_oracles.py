@@ -12,6 +12,8 @@ from tests._asserts import assert_like_params, assert_trees_close, assert_trees_
 from tests._inputs import SHAPES, STATISTICS, make_params
 
 ROUTES = {
+    "fused": {"method": "fused"},
+    "fused_by_3": {"method": "fused", "microbatch_size": 3},
     "vmap": {"method": "vmap"},
     "scan": {"method": "scan"},
     "scan_by_3": {"method": "scan", "microbatch_size": 3},

@@ -1,0 +1,490 @@
+"""The fused oracle: statistics of gradients that are never stacked.
+
+One forward and one backward pass for all environments, as in plain training. What the
+uses of the parameters leave behind, inputs and cotangents, is then reduced layer by
+layer:
+
+- `product`: an environment's gradient is one outer product, whose sign is the product
+  of signs; one more matrix product sums them over environments.
+- `lookup`: rows of a table; only the rows that were looked up are touched.
+- `stack`: gradients no larger than what is there anyway.
+- `scan`: one environment at a time, added up.
+
+(Paper, section 3, asks for it: the time and memory of gradient descent.)
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from hardvary import _conv, _validate
+from hardvary._statistics import contribution, sign_or_nan, sum_over_envs, vary_like
+from hardvary._trace import Env, Kind, Program, Use, Value, build
+
+PyTree = Any
+
+# Functions f of which f(a b) = f(a) f(b): what a product's sum over environments needs.
+MULTIPLICATIVE: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "mean": lambda factor: factor,
+    "sign": sign_or_nan,
+    "square": jnp.square,
+}
+# Equations that rearrange a parameter, entry by entry.
+LAYOUT = ("reshape", "transpose", "squeeze", "expand_dims", "copy", "copy_p")
+CASTS = ("convert_element_type",)
+# Gradients this small are cheaper to stack than to go through one by one.
+SMALL = 4096
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Parameters whose gradients have to be computed together, and how.
+
+    Attributes:
+      leaves: positions among the parameters.
+      uses: all uses of these.
+      rule: `"product"`, `"lookup"`, `"stack"`, `"scan"`, or `"unused"`.
+      reason: why not a faster rule.
+    """
+
+    leaves: tuple[int, ...]
+    uses: list[Use]
+    rule: str = ""
+    reason: str = ""
+
+
+class Traced:
+    """What one forward and backward pass over all environments leaves behind."""
+
+    def __init__(
+        self,
+        loss_fn: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+        params: PyTree,
+        batch: PyTree,
+        axis_name: str | None,
+    ) -> None:
+        self.leaves, self.tree = jax.tree.flatten(params)
+        shapes: list[Any] = []
+
+        def one(env_batch: PyTree) -> Any:
+            batch_leaves, batch_tree = jax.tree.flatten(env_batch)
+
+            def flat(leaves: list[Any], batch_leaves: list[Any]) -> Any:
+                output = loss_fn(
+                    jax.tree.unflatten(self.tree, leaves),
+                    jax.tree.unflatten(batch_tree, batch_leaves),
+                )
+                leaves, tree = jax.tree.flatten(output)
+                shapes.append(tree)
+                return leaves
+
+            closed = jax.make_jaxpr(flat)(self.leaves, batch_leaves)
+            consts = [Value(jax.typeof(c), Kind.CONST) for c in closed.consts]
+            kinds = [Kind.PARAM] * len(self.leaves) + [Kind.BATCH] * len(batch_leaves)
+            self.program = program = build(closed.jaxpr, consts, kinds, (0,))
+            self.env = Env()
+            for value, result in zip(
+                [*consts, *program.inputs],
+                [*closed.consts, *self.leaves],
+                strict=False,
+            ):
+                self.env[value] = result
+            program.run_hoisted(self.env)
+
+            def loss(zeros: Any) -> Any:
+                inside = Env(self.env)
+                inputs = program.inputs[len(self.leaves) :]
+                for value, result in zip(inputs, batch_leaves, strict=True):
+                    inside[value] = result
+                saved = program.run(inside, zeros)
+                outputs = [inside[atom] for atom in program.outputs]
+                return jnp.asarray(outputs[0]), (outputs[1:], saved)
+
+            (value, (aux, saved)), cotangents = jax.value_and_grad(loss, has_aux=True)(
+                program.zeros()
+            )
+            return [value, *aux], saved, cotangents
+
+        run = jax.vmap(one, axis_name=axis_name)
+        outputs, self.saved, self.cotangents = run(batch)
+        self.losses, self.aux = jax.tree.unflatten(shapes[-1], outputs)
+        self.num_envs = len(jax.tree.leaves(batch)[0])
+
+
+def groups_of(program: Program, num_leaves: int, num_envs: int) -> list[Group]:
+    """Sorts the parameters into groups and decides on a rule for each."""
+    inputs = program.inputs[:num_leaves]
+    position = {value: i for i, value in enumerate(inputs)}
+    parent = list(range(num_leaves))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    uses = program.uses
+    roots = [[position[v] for v in program.roots(use.operands)] for use in uses]
+    for together in roots:
+        for other in together[1:]:
+            parent[find(other)] = find(together[0])
+    groups: dict[int, Group] = {}
+    for i in range(num_leaves):
+        group = groups.setdefault(find(i), Group((), []))
+        group.leaves += (i,)
+    for use, together in zip(uses, roots, strict=True):
+        if together:
+            groups[find(together[0])].uses.append(use)
+    for group in groups.values():
+        _decide(program, group)
+    return list(groups.values())
+
+
+def _decide(program: Program, group: Group) -> None:
+    leaves = [program.inputs[i] for i in group.leaves]
+    size = sum(leaf.size for leaf in leaves)
+    if not group.uses:
+        group.rule = "unused"
+        group.reason = "no gradient reaches it"
+        return
+    only = group.uses[0] if len(group.uses) == 1 else None
+    if only is not None and len(leaves) == 1:
+        layout = _is_layout(program, only.operands[0])
+        if layout and only.primitive == "dot_general" and not only.steps:
+            if _rows(only) == 1:
+                group.rule = "product"
+                group.reason = "one outer product for each environment"
+                return
+            group.reason = f"a sum of {_rows(only)} outer products"
+        elif layout and only.primitive == "gather" and not only.steps:
+            lookups = _lookups(only)
+            if lookups is not None and lookups**2 <= size:
+                group.rule = "lookup"
+                group.reason = f"{lookups} rows for each environment"
+                return
+    copies = all(use.primitive == "copy" for use in group.uses)
+    if copies or size <= SMALL:
+        group.rule = "stack"
+    else:
+        group.rule = "scan"
+    if not group.reason or copies:
+        names = sorted({use.reason or use.primitive for use in group.uses})
+        group.reason = ", ".join(names)
+        if len(group.uses) > 1:
+            group.reason = f"{len(group.uses)} uses: {group.reason}"
+
+
+def _is_layout(program: Program, value: Value) -> bool:
+    """Whether `value` is a parameter with its entries rearranged or cast, no more."""
+    steps, _ = program.needed([value])
+    for step in steps:
+        name = step.eqn.primitive.name if step.eqn is not None else "constant"
+        if name in LAYOUT or name in CASTS:
+            continue
+        if name == "broadcast_in_dim" and step.outputs[0].size == _size(step.inputs[0]):
+            continue
+        return False
+    return True
+
+
+def _size(atom: Any) -> int:
+    return math.prod(
+        np.shape(atom.val) if isinstance(atom, jex.Literal) else atom.aval.shape
+    )
+
+
+def sums(
+    traced: Traced, statistics: Sequence[str], weights: jax.Array | None
+) -> dict[str, PyTree]:
+    """Sums of statistics over the environments, as `sum_over_envs` returns them."""
+    groups = groups_of(traced.program, len(traced.leaves), traced.num_envs)
+    leaves: dict[str, list[Any]] = {
+        name: [None] * len(traced.leaves) for name in statistics
+    }
+    for group in groups:
+        results = _RULES[group.rule](traced, group, statistics, weights)
+        for name in statistics:
+            for i, leaf in zip(group.leaves, results[name], strict=True):
+                leaves[name][i] = leaf
+    return {name: jax.tree.unflatten(traced.tree, leaves[name]) for name in statistics}
+
+
+Sums = dict[str, list[jax.Array]]
+
+
+def _unused(
+    traced: Traced,
+    group: Group,
+    statistics: Sequence[str],
+    weights: jax.Array | None,
+) -> Sums:
+    def total(leaf: Any, name: str) -> jax.Array:
+        zero = jnp.zeros(np.shape(leaf), _validate.wide(jnp.result_type(leaf)))
+        count = traced.num_envs if weights is None else jnp.sum(weights)
+        return contribution(name)(zero) * jnp.asarray(count, zero.dtype)
+
+    return {
+        name: [total(traced.leaves[i], name) for i in group.leaves]
+        for name in statistics
+    }
+
+
+def _pull(traced: Traced, group: Group) -> Callable[[Any, Any], list[jax.Array]]:
+    """Gradients of a group's parameters from what one environment left behind."""
+    program = traced.program
+    operands = list(dict.fromkeys(o for use in group.uses for o in use.operands))
+    inputs = [program.inputs[i] for i in group.leaves]
+
+    def determine(*leaves: Any) -> list[Any]:
+        env = Env(traced.env)
+        inside = Env(env)
+        for value, leaf in zip(inputs, leaves, strict=True):
+            inside[value] = leaf
+        program.run_hoisted(inside, operands)
+        return [inside[operand] for operand in operands]
+
+    leaves = [jnp.asarray(traced.leaves[i]) for i in group.leaves]
+    values, back = jax.vjp(determine, *leaves)
+    given = dict(zip(operands, values, strict=True))
+
+    def pull(saved: Any, cotangents: Any) -> list[jax.Array]:
+        totals: dict[Value, Any] = {}
+        for use, use_saved, use_cotangents in zip(
+            group.uses, saved, cotangents, strict=True
+        ):
+            arguments = [given[o] for o in use.operands]
+            pull_use = _conv.pull if _conv.applies(use) else Use.pull
+            results = pull_use(use, arguments, traced.env, use_saved, use_cotangents)
+            for operand, result in zip(use.operands, results, strict=True):
+                if operand in totals:
+                    result = jax.lax.add(totals[operand], result)
+                totals[operand] = result
+        return list(back([totals[operand] for operand in operands]))
+
+    return pull
+
+
+def _left_behind(traced: Traced, group: Group) -> tuple[list[Any], list[Any]]:
+    return (
+        [use.at(traced.saved) for use in group.uses],
+        [use.at(traced.cotangents) for use in group.uses],
+    )
+
+
+def _stack(
+    traced: Traced,
+    group: Group,
+    statistics: Sequence[str],
+    weights: jax.Array | None,
+) -> Sums:
+    saved, cotangents = _left_behind(traced, group)
+    grads = jax.vmap(_pull(traced, group))(saved, cotangents)
+    return sum_over_envs(grads, statistics, weights)
+
+
+def _scan(
+    traced: Traced,
+    group: Group,
+    statistics: Sequence[str],
+    weights: jax.Array | None,
+) -> Sums:
+    pull = _pull(traced, group)
+    saved, cotangents = _left_behind(traced, group)
+
+    def body(total: Sums, inputs: Any) -> tuple[Sums, None]:
+        env_saved, env_cotangents, weight = inputs
+        grads = [g[None] for g in pull(env_saved, env_cotangents)]
+        weight = None if weight is None else weight[None]
+        added = sum_over_envs(grads, statistics, weight)
+        return jax.tree.map(jnp.add, total, added), None
+
+    def zero(i: int) -> jax.Array:
+        leaf = traced.leaves[i]
+        return jnp.zeros(np.shape(leaf), _validate.wide(jnp.result_type(leaf)))
+
+    zeros = {name: [zero(i) for i in group.leaves] for name in statistics}
+    zeros = vary_like(zeros, (saved, cotangents, weights, traced.leaves))
+    total, _ = jax.lax.scan(body, zeros, (saved, cotangents, weights))
+    return total
+
+
+# The rule for one outer product per environment.
+
+
+def _sides(use: Use) -> tuple[Any, ...]:
+    """Contracted and batch axes of parameter and data, and the data's other axes."""
+    contract, batch = use.eqn.params["dimension_numbers"]
+    mine, other = use.side, 1 - use.side
+    ndim = use.eqn.invars[other].aval.ndim
+    free = [i for i in range(ndim) if i not in (*contract[other], *batch[other])]
+    return contract[mine], batch[mine], contract[other], batch[other], free
+
+
+def _rows(use: Use) -> int:
+    """Products that an environment's gradient is the sum of."""
+    *_, free = _sides(use)
+    shape = use.eqn.invars[1 - use.side].aval.shape
+    return math.prod(shape[i] for i in free)
+
+
+def _outer(use: Use, data: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
+    """Sums the products of all environments, in the layout of the parameter."""
+    mine_contract, mine_batch, contract, batch, free = _sides(use)
+    ndim = use.eqn.invars[use.side].aval.ndim
+    mine_free = [i for i in range(ndim) if i not in (*mine_contract, *mine_batch)]
+    # The output has batch axes, free axes of the left side, those of the right side.
+    before = len(batch) + (len(mine_free) if use.side == 0 else 0)
+    rows = range(before, before + len(free))
+    up = lambda axes: tuple(axis + 1 for axis in axes)  # noqa: E731
+    product = jax.lax.dot_general(
+        data,
+        cotangent,
+        (
+            ((0, *up(free)), (0, *up(rows))),
+            (up(batch), up(range(len(batch)))),
+        ),
+        precision=use.eqn.params["precision"],
+        preferred_element_type=dtype,
+    )
+    # Now: batch axes, contracted axes in the data's order, the parameter's free axes.
+    in_order = sorted(range(len(contract)), key=lambda i: contract[i])
+    axes = [*mine_batch, *(mine_contract[i] for i in in_order), *mine_free]
+    return jnp.transpose(product, np.argsort(axes))
+
+
+def _product(
+    traced: Traced,
+    group: Group,
+    statistics: Sequence[str],
+    weights: jax.Array | None,
+) -> Sums:
+    rest = [name for name in statistics if name not in MULTIPLICATIVE]
+    # log(|a b| + eps) is no product of anything.
+    result = _scan(traced, group, rest, weights) if rest else {}
+    (use,), (leaf,) = group.uses, group.leaves
+    (data,), (cotangent,) = use.at(traced.saved), use.at(traced.cotangents)
+    dtype = _validate.wide(jnp.result_type(traced.leaves[leaf]))
+    if weights is not None:
+        # 0 * NaN is NaN: an absent environment may hold anything.
+        present = lambda x: jnp.where(_along(weights, x) > 0, x, 0)  # noqa: E731
+        data, cotangent = present(data), present(cotangent)
+    for name in statistics:
+        if name in rest:
+            continue
+        function = MULTIPLICATIVE[name]
+        left, right = function(data), function(cotangent)
+        if name != "mean" or weights is not None:
+            left, right = left.astype(dtype), right.astype(dtype)
+        if weights is not None:
+            right = right * _along(weights, right)
+        total = _outer(use, left, right, dtype)
+        result[name] = [_in_layout(traced, use.operands[0], leaf, total)]
+    if "mean" in statistics and "sign" in statistics:
+        # Finite factors may have a product that is not.
+        finite = jnp.isfinite(result["mean"][0])
+        result["sign"] = [jnp.where(finite, result["sign"][0], jnp.nan)]
+    return result
+
+
+def _along(weights: jax.Array, like: jax.Array) -> jax.Array:
+    return weights.astype(like.dtype).reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def _in_layout(traced: Traced, value: Value, leaf: int, total: jax.Array) -> jax.Array:
+    """Rearranges what has the layout of `value` to that of the parameter."""
+    program = traced.program
+    source = program.inputs[leaf]
+    steps, _ = program.needed([value])
+
+    def rearrange(entries: jax.Array) -> jax.Array:
+        env = Env()
+        env[source] = entries
+        for step in steps:
+            if step.eqn.primitive.name in CASTS:
+                env[step.outputs[0]] = env[step.inputs[0]]
+            else:
+                step.run(env)
+        return env[value]
+
+    like = jax.ShapeDtypeStruct(source.aval.shape, total.dtype)
+    if not steps:
+        return total
+    (result,) = jax.linear_transpose(rearrange, like)(total)
+    return result
+
+
+# The rule for looking up rows of a table.
+
+
+def _lookups(use: Use) -> int | None:
+    """Rows that an environment looks up, None if it is not rows that it gathers."""
+    params, (table, indices) = use.eqn.params, use.eqn.invars
+    numbers = params["dimension_numbers"]
+    rows = indices.aval.ndim - 1
+    out_ndim = rows + table.aval.ndim - 1
+    whole_rows = (
+        use.side == 0
+        and table.aval.ndim > 0
+        and numbers.collapsed_slice_dims == (0,)
+        and numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+        and not numbers.start_indices_batching_dims
+        and numbers.offset_dims == tuple(range(rows, out_ndim))
+        and params["slice_sizes"] == (1, *table.aval.shape[1:])
+        and indices.aval.shape[-1] == 1
+    )
+    return math.prod(indices.aval.shape[:-1]) if whole_rows else None
+
+
+def _lookup(
+    traced: Traced,
+    group: Group,
+    statistics: Sequence[str],
+    weights: jax.Array | None,
+) -> Sums:
+    (use,), (leaf,) = group.uses, group.leaves
+    (cotangent,) = use.at(traced.cotangents)
+    saved = use.at(traced.saved)
+    shape = use.eqn.invars[0].aval.shape
+    dtype = _validate.wide(jnp.result_type(traced.leaves[leaf]))
+    num_envs = traced.num_envs
+    indices = saved[0].reshape(num_envs, -1)
+    rows = cotangent.reshape(num_envs, indices.shape[1], -1).astype(dtype)
+    if use.eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+        indices = jnp.clip(indices, 0, shape[0] - 1)
+    # An index out of range gathers nothing: a negative one would count from the end.
+    indices = jnp.where(indices < 0, shape[0], indices)
+    if indices.shape[1] > 1:
+        # What an environment looks up more than once counts once, with its sum. The
+        # sum goes to the first place, zeros stay at the others.
+        first = jnp.argmax(indices[:, :, None] == indices[:, None, :], axis=2)
+        rows = jax.vmap(lambda i, r: jnp.zeros_like(r).at[i].add(r))(first, rows)
+    result: Sums = {}
+    for name in statistics:
+        function = contribution(name)
+        base = function(jnp.zeros((), dtype))
+        values = function(rows) - base
+        count = jnp.asarray(num_envs, dtype)
+        if weights is not None:
+            weight = weights.astype(dtype)[:, None, None]
+            values = jnp.where(weight > 0, weight * values, 0)
+            count = jnp.sum(weights).astype(dtype)
+        total = jnp.full((shape[0], rows.shape[-1]), base * count)
+        total = total.at[indices].add(values, mode="drop")
+        total = total.reshape(shape)
+        result[name] = [_in_layout(traced, use.operands[0], leaf, total)]
+    return result
+
+
+_RULES = {
+    "product": _product,
+    "lookup": _lookup,
+    "stack": _stack,
+    "scan": _scan,
+    "unused": _unused,
+}
