@@ -168,7 +168,8 @@ def _decide(program: Program, group: Group) -> None:
                 group.reason = f"{lookups} rows for each environment"
                 return
     copies = all(use.primitive == "copy" for use in group.uses)
-    if copies or size <= SMALL:
+    small = size <= SMALL and not any(_conv.applies(use) for use in group.uses)
+    if copies or small:
         group.rule = "stack"
     else:
         group.rule = "scan"

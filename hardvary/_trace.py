@@ -90,6 +90,7 @@ class Use:
       steps: lengths of the loops around it.
       path: where a program's saved values and cotangents hold this use's.
       reason: why the operands were copied for each environment, if they were.
+      constants: what `local` reads from `env`.
     """
 
     primitive: str
@@ -100,6 +101,7 @@ class Use:
     steps: tuple[int, ...] = ()
     path: tuple[int, ...] = ()
     reason: str = ""
+    constants: tuple[Value, ...] = ()
 
     def at(self, tree: Any) -> Any:
         for index in self.path:
@@ -179,8 +181,16 @@ class Operation(Site):
             return [results[i] for i in self._tagged]
 
         self._tagged = [i for i, out in enumerate(outputs) if inexact(out.aval)]
-        side = sides[0] if len(sides) == 1 else None
-        self.uses = [Use(eqn.primitive.name, operands, local, eqn, side)]
+        self.uses = [
+            Use(
+                eqn.primitive.name,
+                operands,
+                local,
+                eqn,
+                side=sides[0] if len(sides) == 1 else None,
+                constants=_constants(inputs),
+            )
+        ]
 
     def zeros(self) -> Any:
         return [_zeros(self.outputs[i].aval) for i in self._tagged]
@@ -231,8 +241,7 @@ class Loop(Site):
         roots = body.roots(use.operands)
         fixed = [(inner, outer) for inner, outer in self._fixed if inner in roots]
         over = [(inner, outer) for inner, outer in self._xs if inner in roots]
-        consts = [pair for pair in self._fixed if not _is(pair[0], Kind.BATCH)]
-        consts = [pair for pair in consts if not _is(pair[0], Kind.PARAM)]
+        consts = [pair for pair in self._fixed if _is(pair[0], Kind.CONST)]
         over_consts = [pair for pair in self._xs if _is(pair[0], Kind.CONST)]
         operands = tuple(dict.fromkeys(outer for _, outer in (*fixed, *over)))
 
@@ -249,7 +258,7 @@ class Loop(Site):
                     inside[inner] = given[outer]
                 for (inner, _), value in zip(over, slices, strict=True):
                     inside[inner] = value
-                body.run_hoisted(inside, use.operands)
+                body.run_hoisted(inside, (*use.operands, *use.constants))
                 return use.local([inside[o] for o in use.operands], inside, saved_slice)
 
             # All steps at once: the sum over steps becomes part of the product.
@@ -266,6 +275,7 @@ class Loop(Site):
             steps=(length, *use.steps),
             path=(index, *use.path),
             reason=use.reason,
+            constants=_constants([outer for _, outer in (*consts, *over_consts)]),
         )
 
     def zeros(self) -> Any:
@@ -569,6 +579,10 @@ def _kind(atom: Atom) -> Kind:
 
 def _is(atom: Atom, kind: Kind) -> bool:
     return _kind(atom) is kind
+
+
+def _constants(atoms: Sequence[Atom]) -> tuple[Value, ...]:
+    return tuple(a for a in atoms if isinstance(a, Value) and a.kind is Kind.CONST)
 
 
 def _as_array(value: Any) -> jax.Array:
