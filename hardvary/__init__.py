@@ -7,8 +7,10 @@ AND-masks as optax transformations, and the gradient oracles that feed them, aft
 from hardvary._aggregator import AggregatorState
 from hardvary._and_mask import and_mask, xor_mask
 from hardvary._decay import add_l1_decay
+from hardvary._fused import Explanation, ParameterRule
 from hardvary._geometric_mean import geometric_mean
 from hardvary._oracles import (
+    explain,
     grad_stats,
     per_env_grad,
     value_and_grad_stats,
@@ -26,11 +28,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AggregatorState",
+    "Explanation",
     "GradStats",
+    "ParameterRule",
     "TemporalAndMaskState",
     "add_l1_decay",
     "agreement",
     "and_mask",
+    "explain",
     "geometric_mean",
     "grad_stats",
     "per_env_grad",

@@ -40,6 +40,8 @@ LAYOUT = ("reshape", "transpose", "squeeze", "expand_dims", "copy", "copy_p")
 CASTS = ("convert_element_type",)
 # Gradients this small are cheaper to stack than to go through one by one.
 SMALL = 4096
+# Signs of more environments than this are summed by a matrix product on CPU, too.
+MAX_BITS = 512
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,6 +59,54 @@ class Group:
     uses: list[Use]
     rule: str = ""
     reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRule:
+    """How the fused oracle treats a parameter.
+
+    Attributes:
+      path: where the parameter is in the tree.
+      shape: its shape.
+      rule: `"product"`, `"lookup"`, `"stack"`, `"scan"` or `"unused"`.
+      reason: why this rule.
+      stacked_bytes: memory that the gradients of all environments would take.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rule: str
+    reason: str
+    stacked_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a table.
+
+    Attributes:
+      parameters: a row for each parameter, in the order of the tree.
+    """
+
+    parameters: tuple[ParameterRule, ...]
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "rule", "reason", "stacked")]
+        rows += [
+            (
+                row.path,
+                "x".join(map(str, row.shape)) or "scalar",
+                row.rule,
+                row.reason,
+                f"{row.stacked_bytes / 2**20:.2g} MiB",
+            )
+            for row in self.parameters
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])])
+            for row in rows
+        )
 
 
 class Traced:
@@ -85,6 +135,7 @@ class Traced:
                 return leaves
 
             closed = jax.make_jaxpr(flat)(self.leaves, batch_leaves)
+            _refuse_side_effects(closed.effects)
             consts = [Value(jax.typeof(c), Kind.CONST) for c in closed.consts]
             kinds = [Kind.PARAM] * len(self.leaves) + [Kind.BATCH] * len(batch_leaves)
             self.program = program = build(closed.jaxpr, consts, kinds, (0,))
@@ -115,9 +166,44 @@ class Traced:
         outputs, self.saved, self.cotangents = run(batch)
         self.losses, self.aux = jax.tree.unflatten(shapes[-1], outputs)
         self.num_envs = len(jax.tree.leaves(batch)[0])
+        self.groups = groups_of(self.program, len(self.leaves))
+
+    def explain(self) -> Explanation:
+        group_of = {i: group for group in self.groups for i in group.leaves}
+        paths = jax.tree.leaves_with_path(jax.tree.unflatten(self.tree, self.leaves))
+        return Explanation(
+            tuple(
+                ParameterRule(
+                    _validate.leaf_path(path),
+                    np.shape(leaf),
+                    group_of[i].rule,
+                    group_of[i].reason,
+                    self.num_envs
+                    * math.prod(np.shape(leaf))
+                    * jnp.result_type(leaf).itemsize,
+                )
+                for i, (path, leaf) in enumerate(paths)
+            )
+        )
 
 
-def groups_of(program: Program, num_leaves: int, num_envs: int) -> list[Group]:
+def _refuse_side_effects(effects: Any) -> None:
+    """Raises ValueError for what a loss must not do while it is differentiated.
+
+    Printing for debugging may stay, and a use of a mapped axis counts as an effect.
+    """
+    harmless = ("DebugEffect", "OrderedDebugEffect", "NamedAxisEffect")
+    harmful = sorted(
+        {str(effect) for effect in effects if type(effect).__name__ not in harmless}
+    )
+    if harmful:
+        raise ValueError(
+            f"loss_fn must not have side effects, got {', '.join(harmful)}: return the "
+            "value as aux (has_aux=True) and act on it outside"
+        )
+
+
+def groups_of(program: Program, num_leaves: int) -> list[Group]:
     """Sorts the parameters into groups and decides on a rule for each."""
     inputs = program.inputs[:num_leaves]
     position = {value: i for i, value in enumerate(inputs)}
@@ -158,14 +244,14 @@ def _decide(program: Program, group: Group) -> None:
         if layout and only.primitive == "dot_general" and not only.steps:
             if _rows(only) == 1:
                 group.rule = "product"
-                group.reason = "one outer product for each environment"
+                group.reason = "one outer product per environment"
                 return
             group.reason = f"a sum of {_rows(only)} outer products"
         elif layout and only.primitive == "gather" and not only.steps:
             lookups = _lookups(only)
             if lookups is not None and lookups**2 <= size:
                 group.rule = "lookup"
-                group.reason = f"{lookups} rows for each environment"
+                group.reason = f"{lookups} rows per environment"
                 return
     copies = all(use.primitive == "copy" for use in group.uses)
     small = size <= SMALL and not any(_conv.applies(use) for use in group.uses)
@@ -174,7 +260,7 @@ def _decide(program: Program, group: Group) -> None:
     else:
         group.rule = "scan"
     if not group.reason or copies:
-        names = sorted({use.reason or use.primitive for use in group.uses})
+        names = sorted({f"in {use.reason or use.primitive}" for use in group.uses})
         group.reason = ", ".join(names)
         if len(group.uses) > 1:
             group.reason = f"{len(group.uses)} uses: {group.reason}"
@@ -203,11 +289,10 @@ def sums(
     traced: Traced, statistics: Sequence[str], weights: jax.Array | None
 ) -> dict[str, PyTree]:
     """Sums of statistics over the environments, as `sum_over_envs` returns them."""
-    groups = groups_of(traced.program, len(traced.leaves), traced.num_envs)
     leaves: dict[str, list[Any]] = {
         name: [None] * len(traced.leaves) for name in statistics
     }
-    for group in groups:
+    for group in traced.groups:
         results = _RULES[group.rule](traced, group, statistics, weights)
         for name in statistics:
             for i, leaf in zip(group.leaves, results[name], strict=True):
@@ -295,23 +380,54 @@ def _scan(
     weights: jax.Array | None,
 ) -> Sums:
     pull = _pull(traced, group)
-    saved, cotangents = _left_behind(traced, group)
-
-    def body(total: Sums, inputs: Any) -> tuple[Sums, None]:
-        env_saved, env_cotangents, weight = inputs
-        grads = [g[None] for g in pull(env_saved, env_cotangents)]
-        weight = None if weight is None else weight[None]
-        added = sum_over_envs(grads, statistics, weight)
-        return jax.tree.map(jnp.add, total, added), None
+    inputs = (*_left_behind(traced, group), weights)
 
     def zero(i: int) -> jax.Array:
         leaf = traced.leaves[i]
         return jnp.zeros(np.shape(leaf), _validate.wide(jnp.result_type(leaf)))
 
     zeros = {name: [zero(i) for i in group.leaves] for name in statistics}
-    zeros = vary_like(zeros, (saved, cotangents, weights, traced.leaves))
-    total, _ = jax.lax.scan(body, zeros, (saved, cotangents, weights))
-    return total
+    zeros = vary_like(zeros, (inputs, traced.leaves))
+
+    def one_by_one(zeros: Sums, inputs: Any) -> Sums:
+        def body(total: Sums, inputs: Any) -> tuple[Sums, None]:
+            saved, cotangents, weight = inputs
+            grads = [g[None] for g in pull(saved, cotangents)]
+            weight = None if weight is None else weight[None]
+            return _add(total, sum_over_envs(grads, statistics, weight)), None
+
+        return jax.lax.scan(body, zeros, inputs)[0]
+
+    def several(zeros: Sums, inputs: Any) -> Sums:
+        def body(total: Sums, inputs: Any) -> tuple[Sums, None]:
+            saved, cotangents, weights = inputs
+            grads = jax.vmap(pull)(saved, cotangents)
+            return _add(total, sum_over_envs(grads, statistics, weights)), None
+
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), inputs
+        )
+        return jax.lax.scan(body, zeros, parts)[0]
+
+    elements = sum(leaf.size for leaf in jax.tree.leaves(inputs))
+    size = _divisor(
+        traced.num_envs, elements // sum(z.size for z in map(zero, group.leaves))
+    )
+    if size == 1:
+        return one_by_one(zeros, inputs)
+    # One environment at a time stays in a CPU's cache and leaves an accelerator idle.
+    return jax.lax.platform_dependent(zeros, inputs, cpu=one_by_one, default=several)
+
+
+def _add(total: Sums, added: Sums) -> Sums:
+    return jax.tree.map(jnp.add, total, added)
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` up to a bound, at least 1."""
+    return max(
+        d for d in range(1, number + 1) if number % d == 0 and d <= max(at_most, 1)
+    )
 
 
 # The rule for one outer product per environment.
@@ -355,7 +471,7 @@ def _outer(use: Use, data: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.A
     # Now: batch axes, contracted axes in the data's order, the parameter's free axes.
     in_order = sorted(range(len(contract)), key=lambda i: contract[i])
     axes = [*mine_batch, *(mine_contract[i] for i in in_order), *mine_free]
-    return jnp.transpose(product, np.argsort(axes))
+    return jnp.transpose(product, [axes.index(axis) for axis in range(len(axes))])
 
 
 def _product(
@@ -383,13 +499,93 @@ def _product(
             left, right = left.astype(dtype), right.astype(dtype)
         if weights is not None:
             right = right * _along(weights, right)
-        total = _outer(use, left, right, dtype)
+        if name == "sign" and weights is None:
+            total = _sum_of_signs(use, left, right, dtype)
+        else:
+            total = _outer(use, left, right, dtype)
         result[name] = [_in_layout(traced, use.operands[0], leaf, total)]
     if "mean" in statistics and "sign" in statistics:
         # Finite factors may have a product that is not.
         finite = jnp.isfinite(result["mean"][0])
         result["sign"] = [jnp.where(finite, result["sign"][0], jnp.nan)]
     return result
+
+
+def _sum_of_signs(use: Use, left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
+    """`_outer` of factors in {-1, 0, 1, NaN}."""
+
+    def narrow(left: jax.Array, right: jax.Array) -> jax.Array:
+        # bfloat16 holds these exactly, NaN too, and the sums are in a wide type.
+        factors = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+        return _outer(use, *factors, jnp.dtype(jnp.float32)).astype(dtype)
+
+    def on_cpu(left: jax.Array, right: jax.Array) -> jax.Array:
+        if len(left) > MAX_BITS:
+            return _outer(use, left, right, dtype)
+        return _count_bits(use, left, right).astype(dtype)
+
+    return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=narrow)
+
+
+def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`_outer` of factors in {-1, 0, 1, NaN}, 32 environments in a word.
+
+    A CPU multiplies 8 or 16 numbers at once, and so many times 32 signs.
+    """
+    mine_contract, mine_batch, contract, batch, free = _sides(use)
+    num_batch, ndim = len(batch), use.eqn.invars[use.side].aval.ndim
+    mine_free = [i for i in range(ndim) if i not in (*mine_contract, *mine_batch)]
+    left = jnp.transpose(
+        left, (0, *(i + 1 for i in (*batch, *contract, *free)))
+    ).reshape(*(left.shape[0], *(left.shape[i + 1] for i in (*batch, *contract))))
+    # One row: what is not a batch axis of the output belongs to the parameter.
+    sizes = [use.eqn.invars[use.side].aval.shape[i] for i in (*mine_batch, *mine_free)]
+    right = right.reshape(len(right), *sizes)
+
+    def spread(words: jax.Array, is_left: bool) -> jax.Array:
+        """Axes [word, batch, contracted, free], of size 1 where there is none."""
+        shape = words.shape
+        ones = (1,) * len(mine_free if is_left else mine_contract)
+        at = len(shape) if is_left else 1 + num_batch
+        return words.reshape(*shape[:at], *ones, *shape[at:])
+
+    nonzero, negative, broken = zip(_pack(left), _pack(right), strict=True)
+    nonzero, negative, broken = (
+        (spread(of_left, True), spread(of_right, False))
+        for of_left, of_right in (nonzero, negative, broken)
+    )
+    total = jnp.zeros((), jnp.int32)
+    for word in range(len(nonzero[0])):
+        both = nonzero[0][word] & nonzero[1][word]
+        differ = (negative[0][word] ^ negative[1][word]) & both
+        total += jax.lax.population_count(both).astype(jnp.int32)
+        total -= 2 * jax.lax.population_count(differ).astype(jnp.int32)
+    product = jnp.where(broken[0][0] | broken[1][0], jnp.nan, total.astype(jnp.float32))
+    axes = [*mine_batch, *mine_contract, *mine_free]
+    return jnp.transpose(product, [axes.index(axis) for axis in range(ndim)])
+
+
+def _pack(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Axis 0 in words of 32 bits: not zero; negative; any NaN, of shape `[1, ...]`."""
+    # Sums of powers of two, half a word at a time, are exact in float32, and a matrix
+    # product is the fastest way to them.
+    num_halves = 2 * -(-len(factor) // 32)
+    powers = np.zeros((num_halves, len(factor)), np.float32)
+    for env in range(len(factor)):
+        powers[env // 16, env] = 2.0 ** (env % 16)
+
+    def halves(bits: jax.Array) -> jax.Array:
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.tensordot(powers, bits, axes=1, precision=highest)
+
+    def words(halves: jax.Array) -> jax.Array:
+        low, high = halves[0::2], halves[1::2]
+        return low.astype(jnp.uint32) | (high.astype(jnp.uint32) << 16)
+
+    # NaN * NaN is NaN and reaches every word.
+    nonzero = halves(factor.astype(jnp.float32) * factor.astype(jnp.float32))
+    negative = halves((factor < 0).astype(jnp.float32))
+    return words(nonzero), words(negative), jnp.isnan(nonzero[:1])
 
 
 def _along(weights: jax.Array, like: jax.Array) -> jax.Array:

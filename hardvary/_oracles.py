@@ -1,5 +1,6 @@
 """Gradients of every environment, stacked or reduced on the way."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _fused, _validate
+from hardvary._fused import Explanation
 from hardvary._statistics import (
     FIELDS,
     AxisName,
     finalize,
     mean_like,
+    names_of,
     reduce_stacked,
     sum_over_envs,
     total_weight,
@@ -118,6 +121,7 @@ def grad_stats(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
 ) -> Callable[..., Any]:
     """Statistics of the gradients of all environments.
 
@@ -131,17 +135,26 @@ def grad_stats(
       stats: which statistics to compute, from `"mean"`, `"sign"`, `"square"` and
         `"log_abs"`; see `GradStats` for what they are and each aggregator for what it
         needs.
-      method: `"scan"` goes through the environments `microbatch_size` at a time and
-        adds up; `"vmap"` stacks all gradients, then reduces. The results agree up to
-        the rounding of sums.
-      microbatch_size: environments that `"scan"` handles at once, a divisor of their
-        number; 1 unless given, the fastest on CPU for dense layers. Larger ones fill an
-        accelerator better.
+      method: `"fused"` takes one forward and one backward pass for all environments,
+        as plain training does, and reduces what they leave behind layer by layer;
+        `explain` tells how. `"scan"` goes through the environments `microbatch_size`
+        at a time and adds up; `"vmap"` stacks all gradients, then reduces. The results
+        agree up to rounding; `"fused"` multiplies the signs of the two factors of a
+        product where others take the sign of the product, so they differ where the
+        product underflows.
+      microbatch_size: environments handled at once, a divisor of their number. For
+        `"fused"` all of them unless given: fewer bound the memory of their activations.
+        For `"scan"` 1 unless given.
       argnums: see `per_env_grad`.
       has_aux: see `per_env_grad`.
       axis_name: name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which
         environments are spread; the statistics are those of all of them. Losses and
         aux stay local.
+      env_axis_name: a name for the axis of environments that `loss_fn` may use in
+        collectives, such as a batch norm over all environments; for `"fused"` without
+        microbatches and `"vmap"`. The gradient of environment `e` is then the one of
+        the sum of all losses with respect to `e`'s own copy of the parameters; these
+        gradients add up to the gradient of the sum.
 
     Returns:
       A function `(*args, env_weights=None, **kwargs) -> GradStats`, or
@@ -152,8 +165,9 @@ def grad_stats(
     Raises:
       TypeError: as `per_env_grad`; `stats` that is no sequence of names.
       ValueError: as `per_env_grad`; unknown stats or method, a microbatch_size < 1 or
-        given for `"vmap"`; (tracing) one that does not divide the number of
-        environments, env_weights of the wrong length or (concrete) negative.
+        given for `"vmap"`, an env_axis_name where environments do not meet; (tracing) a
+        microbatch_size that does not divide the number of environments, env_weights of
+        the wrong length or (concrete) negative, side effects in `loss_fn` (`"fused"`).
 
     Example:
       >>> import jax.numpy as jnp, hardvary
@@ -172,6 +186,7 @@ def grad_stats(
         argnums=argnums,
         has_aux=has_aux,
         axis_name=axis_name,
+        env_axis_name=env_axis_name,
     )
 
     def stats_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
@@ -190,6 +205,7 @@ def value_and_grad_stats(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
 ) -> Callable[..., Any]:
     """Losses of all environments and statistics of their gradients.
 
@@ -201,6 +217,7 @@ def value_and_grad_stats(
       argnums: see `grad_stats`.
       has_aux: see `grad_stats`.
       axis_name: see `grad_stats`.
+      env_axis_name: see `grad_stats`.
 
     Returns:
       A function like that of `grad_stats` which returns `(losses, GradStats)`, or
@@ -242,23 +259,125 @@ def value_and_grad_stats(
             raise ValueError(f"microbatch_size must be >= 1, got {microbatch_size}")
         if method == "vmap":
             raise ValueError(
-                "microbatch_size is for method='scan'; method='vmap' takes all "
+                "microbatch_size is for 'fused' and 'scan'; method='vmap' takes all "
                 f"environments at once, got {microbatch_size}"
             )
+    if env_axis_name is not None and (method == "scan" or microbatch_size is not None):
+        raise ValueError(
+            "env_axis_name names the axis of all environments, which meet only with "
+            f"method='fused' or 'vmap' and no microbatch_size, got {env_axis_name!r}"
+        )
+
+    def on_every_device(
+        axes: tuple[str, ...], args: Any, weights: Any, kwargs: Any
+    ) -> Any:
+        """Statistics of each device's environments, summed over `axes`."""
+        outer = () if axis_name is None else names_of(axis_name)
+        local = value_and_grad_stats(
+            loss_fn,
+            stats=stats,
+            method=method,
+            microbatch_size=microbatch_size,
+            argnums=argnums,
+            has_aux=has_aux,
+            axis_name=(*outer, *axes),
+            env_axis_name=env_axis_name,
+        )
+        positions = (argnums,) if isinstance(argnums, int) else argnums
+        specs = tuple(
+            jax.P() if i in positions else jax.P(axes) for i in range(len(args))
+        )
+        value, result = jax.shard_map(
+            lambda args, weights: local(*args, env_weights=weights, **kwargs),
+            in_specs=(specs, jax.P(axes)),
+            out_specs=(jax.P(axes), jax.P()),
+            axis_names=set(axes),
+        )(args, weights)
+        # For the caller these axes do not exist: the arrays are whole.
+        return value, dataclasses.replace(result, axis_names=outer)
 
     def value_and_stats_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
         problem = _Problem(loss_fn, argnums, has_aux, args, kwargs, axis_name)
+        axes = _explicit_axes(problem.batch)
+        if axes and method == "fused":
+            return on_every_device(axes, args, env_weights, kwargs)
         weights = None
         if env_weights is not None:
             weights = _validate.env_weights(env_weights, problem.num_envs, "grad_stats")
         run = {"fused": _fuse, "scan": _scan_and_add, "vmap": _stack_then_reduce}[
             method
         ]
-        losses, aux, result = run(problem, stats, weights, microbatch_size, axis_name)
+        losses, aux, result = run(
+            problem, stats, weights, microbatch_size, axis_name, env_axis_name
+        )
         result = mean_like(result, problem.params)
         return ((losses, aux) if has_aux else losses), result
 
     return value_and_stats_fn
+
+
+def explain(
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    env_axis_name: str | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """How `grad_stats(loss_fn, method="fused")` treats each parameter, and why.
+
+    Nothing is computed; arguments may be `jax.ShapeDtypeStruct`s.
+
+    Args:
+      loss_fn: see `grad_stats`.
+      *args: as for the function that `grad_stats` returns, mostly `params, batch`.
+      argnums: see `grad_stats`.
+      has_aux: see `grad_stats`.
+      env_axis_name: see `grad_stats`.
+      **kwargs: passed on to `loss_fn`.
+
+    Returns:
+      An `Explanation`, which prints as a table. Its rules, fastest first:
+      `"product"`, a single outer product per environment, whose signs cost one more
+      matrix product; `"lookup"`, rows of a table; `"stack"`, gradients no larger than
+      the cotangents that are there anyway, or that nothing is known about; `"scan"`,
+      one environment at a time; `"unused"`, no gradient reaches it.
+
+    Raises:
+      TypeError: as `grad_stats`.
+      ValueError: as `grad_stats`.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"] + p["b"]))
+      >>> params = {"w": jnp.ones((300, 20)), "b": jnp.ones(20)}
+      >>> print(hardvary.explain(loss, params, jnp.ones((80, 300))))
+      parameter  shape   rule     reason                                stacked
+      ['b']      20      stack    in add                             0.0061 MiB
+      ['w']      300x20  product  one outer product per environment     1.8 MiB
+    """
+    argnums = _check_arguments(loss_fn, argnums)
+
+    def rows(args: Any) -> None:
+        problem = _Problem(loss_fn, argnums, has_aux, args, kwargs)
+        traced = _fused.Traced(
+            problem.loss, problem.params, problem.batch, env_axis_name
+        )
+        found.append(traced.explain())
+
+    found: list[Explanation] = []
+    jax.eval_shape(rows, args)
+    return found[0]
+
+
+def _explicit_axes(batch: PyTree) -> tuple[str, ...]:
+    """Mesh axes over which the environments are spread for all to see."""
+    for leaf in jax.tree.leaves(batch):
+        if isinstance(leaf, jax.Array):
+            axes = jax.typeof(leaf).sharding.spec[:1]
+            if axes and axes[0] is not None:
+                return names_of(axes[0])
+    return ()
 
 
 def _stack_then_reduce(
@@ -267,9 +386,11 @@ def _stack_then_reduce(
     weights: jax.Array | None,
     microbatch_size: int | None,
     axis_name: AxisName | None,
+    env_axis_name: str | None,
 ) -> tuple[jax.Array, PyTree, Any]:
     del microbatch_size
-    (losses, aux), grads = jax.vmap(problem.value_and_grad)(problem.batch)
+    run = jax.vmap(problem.value_and_grad, axis_name=env_axis_name)
+    (losses, aux), grads = run(problem.batch)
     result = reduce_stacked(grads, stats, weights, problem.num_envs, axis_name)
     return losses, aux, result
 
@@ -326,7 +447,9 @@ def _scan_and_add(
     weights: jax.Array | None,
     microbatch_size: int | None,
     axis_name: AxisName | None,
+    env_axis_name: str | None,
 ) -> tuple[jax.Array, PyTree, Any]:
+    del env_axis_name
     size = 1 if microbatch_size is None else int(microbatch_size)
 
     def microbatch(batch: Any, weights: jax.Array | None) -> Any:
@@ -351,9 +474,10 @@ def _fuse(
     weights: jax.Array | None,
     microbatch_size: int | None,
     axis_name: AxisName | None,
+    env_axis_name: str | None,
 ) -> tuple[jax.Array, PyTree, Any]:
     def all_at_once(batch: Any, weights: jax.Array | None) -> Any:
-        traced = _fused.Traced(problem.loss, problem.params, batch, None)
+        traced = _fused.Traced(problem.loss, problem.params, batch, env_axis_name)
         sums = _fused.sums(traced, stats, weights)
         return sums, (traced.losses, traced.aux)
 
@@ -436,7 +560,17 @@ class _Problem:
             own[self._positions.index(i)] if i in self._positions else env_batch[i]
             for i in range(self._num_args)
         ]
-        return self._checked(self._loss_fn(*args, **self._kwargs))
+        try:
+            output = self._loss_fn(*args, **self._kwargs)
+        except NameError as error:
+            if "unbound axis name" not in str(error):
+                raise
+            raise ValueError(
+                f"loss_fn uses a mapped axis that does not exist ({error}). For a "
+                "collective over environments, such as a shared batch norm, pass its "
+                "name as env_axis_name to grad_stats with method='fused' or 'vmap'"
+            ) from error
+        return self._checked(output)
 
     def value_and_grad(self, env_batch: dict[int, Any]) -> Any:
         """Returns `((loss, aux), grads)` of one environment."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hardvary import _validate
 
@@ -135,7 +136,13 @@ def finalize(
     """
     axis_names: tuple[str, ...] = ()
     if axis_name is not None:
+        sums = dict(sums)
+        counts = sums.pop("sign", None) if isinstance(num_envs, int) else None
+        devices = jax.lax.axis_size(axis_name)
+        total = num_envs * devices
         sums, num_envs = jax.lax.psum((sums, num_envs), axis_name)
+        if counts is not None:
+            sums["sign"] = _sum_counts(counts, total, axis_name, sums.get("mean"))
         axis_names = names_of(axis_name)
     num_envs = jnp.asarray(num_envs)
     num_envs = num_envs.astype(_validate.wide(num_envs.dtype))
@@ -148,6 +155,36 @@ def finalize(
         for name, tree in sums.items()
     }
     return GradStats(num_envs=num_envs, axis_names=axis_names, **fields)
+
+
+def _sum_counts(
+    counts: PyTree, limit: int, axis_name: AxisName, means: PyTree | None
+) -> PyTree:
+    """Sums counts of at most `limit` over devices, in the narrowest type that fits.
+
+    Args:
+      counts: whole numbers, or NaN for a gradient that is not finite.
+      limit: what no sum exceeds.
+      axis_name: mapped axis.
+      means: sums of gradients over all devices, which are not finite where a
+        gradient is not.
+    """
+    if means is not None and limit <= np.iinfo(np.int8).max:
+
+        def sum_of(count: jax.Array, mean: jax.Array) -> jax.Array:
+            whole = jnp.where(jnp.isfinite(count), count, 0).astype(jnp.int8)
+            total = jax.lax.psum(whole, axis_name).astype(count.dtype)
+            return jnp.where(jnp.isfinite(mean), total, jnp.nan)
+
+        return jax.tree.map(sum_of, counts, means)
+    # float16 holds every whole number up to here, and NaN.
+    dtype = jnp.float16 if limit <= 2048 else None
+
+    def narrow(count: jax.Array) -> jax.Array:
+        sent = count if dtype is None else count.astype(dtype)
+        return jax.lax.psum(sent, axis_name).astype(count.dtype)
+
+    return jax.tree.map(narrow, counts)
 
 
 def mean_like(stats: GradStats, params: PyTree) -> GradStats:

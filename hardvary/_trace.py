@@ -86,7 +86,7 @@ class Use:
       operands: the values that parameters determine.
       local: `(operands, env, saved) -> outputs`, the operation for one environment.
       eqn, side: the equation and the position of the only operand in it, where the
-        use is one equation with one operand.
+        use is one equation with one operand; -1 elsewhere.
       steps: lengths of the loops around it.
       path: where a program's saved values and cotangents hold this use's.
       reason: why the operands were copied for each environment, if they were.
@@ -97,7 +97,7 @@ class Use:
     operands: tuple[Value, ...]
     local: Callable[[Sequence[Any], Env, Any], list[Any]]
     eqn: Any = None
-    side: int | None = None
+    side: int = -1
     steps: tuple[int, ...] = ()
     path: tuple[int, ...] = ()
     reason: str = ""
@@ -187,7 +187,7 @@ class Operation(Site):
                 operands,
                 local,
                 eqn,
-                side=sides[0] if len(sides) == 1 else None,
+                side=sides[0] if len(sides) == 1 else -1,
                 constants=_constants(inputs),
             )
         ]
@@ -280,8 +280,7 @@ class Loop(Site):
 
     def zeros(self) -> Any:
         def over_steps(leaf: jax.Array) -> jax.Array:
-            stacked = jnp.broadcast_to(leaf[None], (self._length, *leaf.shape))
-            return stacked
+            return jnp.broadcast_to(leaf[None], (self._length, *leaf.shape))
 
         return jax.tree.map(over_steps, [site.zeros() for site in self._body.sites])
 

@@ -15,7 +15,7 @@ from tests._inputs import AGGREGATORS, STATISTICS
 
 NUM_ENVS = 16
 every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
-every_method = pytest.mark.parametrize("method", ["vmap", "scan"])
+every_method = pytest.mark.parametrize("method", ["fused", "vmap", "scan"])
 check_vma = pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
 
 
@@ -68,7 +68,7 @@ def over_devices(function, mesh, in_specs, check_vma, out_specs=None):
 
 @every_aggregator
 @check_vma
-@pytest.mark.parametrize("route", ["stacked", "vmap", "scan"])
+@pytest.mark.parametrize("route", ["stacked", "fused", "vmap", "scan"])
 def test_aggregator_with_axis_name_in_shard_map_equals_one_device(
     mesh, params, batch, name, route, check_vma
 ):
