@@ -39,7 +39,9 @@ format: $(READY)  ## Let ruff fix and format.
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(READY) $(TORCH_READY)  ## Compare with PyTorch, side by side.
+bench: $(READY) $(TORCH_READY)  ## Time steps and epochs beside PyTorch, and growth.
+	$(RUN) -m experiments.benchmark steps --torch-python $(TORCH_VENV)/bin/python
+	$(RUN) -m experiments.benchmark growth
 	$(RUN) -m experiments.benchmark epochs --torch-python $(TORCH_VENV)/bin/python
 
 $(TORCH_READY): experiments/benchmark/requirements-torch.txt

@@ -25,7 +25,7 @@ import numpy as np
 
 from hardvary import _conv, _validate
 from hardvary._statistics import contribution, sign_or_nan, sum_over_envs, vary_like
-from hardvary._trace import Env, Kind, Program, Use, Value, build
+from hardvary._trace import Env, Kind, Program, Use, Value, build, on_cpu
 
 PyTree = Any
 
@@ -389,34 +389,26 @@ def _scan(
     zeros = {name: [zero(i) for i in group.leaves] for name in statistics}
     zeros = vary_like(zeros, (inputs, traced.leaves))
 
-    def one_by_one(zeros: Sums, inputs: Any) -> Sums:
-        def body(total: Sums, inputs: Any) -> tuple[Sums, None]:
-            saved, cotangents, weight = inputs
-            grads = [g[None] for g in pull(saved, cotangents)]
-            weight = None if weight is None else weight[None]
-            return _add(total, sum_over_envs(grads, statistics, weight)), None
+    def one(total: Sums, inputs: Any) -> tuple[Sums, None]:
+        saved, cotangents, weight = inputs
+        grads = [g[None] for g in pull(saved, cotangents)]
+        weight = None if weight is None else weight[None]
+        return _add(total, sum_over_envs(grads, statistics, weight)), None
 
-        return jax.lax.scan(body, zeros, inputs)[0]
+    def several(total: Sums, inputs: Any) -> tuple[Sums, None]:
+        saved, cotangents, weights = inputs
+        grads = jax.vmap(pull)(saved, cotangents)
+        return _add(total, sum_over_envs(grads, statistics, weights)), None
 
-    def several(zeros: Sums, inputs: Any) -> Sums:
-        def body(total: Sums, inputs: Any) -> tuple[Sums, None]:
-            saved, cotangents, weights = inputs
-            grads = jax.vmap(pull)(saved, cotangents)
-            return _add(total, sum_over_envs(grads, statistics, weights)), None
-
-        parts = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), inputs
-        )
-        return jax.lax.scan(body, zeros, parts)[0]
-
+    # One environment at a time stays in a CPU's cache and leaves an accelerator idle:
+    # there, as many as need no more memory than what was left behind.
     elements = sum(leaf.size for leaf in jax.tree.leaves(inputs))
-    size = _divisor(
-        traced.num_envs, elements // sum(z.size for z in map(zero, group.leaves))
-    )
+    gradient = sum(leaf.size for leaf in jax.tree.leaves(zeros)) // len(statistics)
+    size = 1 if on_cpu() else _divisor(traced.num_envs, elements // gradient)
     if size == 1:
-        return one_by_one(zeros, inputs)
-    # One environment at a time stays in a CPU's cache and leaves an accelerator idle.
-    return jax.lax.platform_dependent(zeros, inputs, cpu=one_by_one, default=several)
+        return jax.lax.scan(one, zeros, inputs)[0]
+    parts = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), inputs)
+    return jax.lax.scan(several, zeros, parts)[0]
 
 
 def _add(total: Sums, added: Sums) -> Sums:
@@ -513,18 +505,13 @@ def _product(
 
 def _sum_of_signs(use: Use, left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
     """`_outer` of factors in {-1, 0, 1, NaN}."""
-
-    def narrow(left: jax.Array, right: jax.Array) -> jax.Array:
-        # bfloat16 holds these exactly, NaN too, and the sums are in a wide type.
-        factors = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
-        return _outer(use, *factors, jnp.dtype(jnp.float32)).astype(dtype)
-
-    def on_cpu(left: jax.Array, right: jax.Array) -> jax.Array:
+    if on_cpu():
         if len(left) > MAX_BITS:
             return _outer(use, left, right, dtype)
         return _count_bits(use, left, right).astype(dtype)
-
-    return jax.lax.platform_dependent(left, right, cpu=on_cpu, default=narrow)
+    # bfloat16 holds these exactly, NaN too, and the sums are in a wide type.
+    factors = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+    return _outer(use, *factors, jnp.dtype(jnp.float32)).astype(dtype)
 
 
 def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:

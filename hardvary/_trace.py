@@ -560,6 +560,15 @@ def run_jaxpr(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
     return list(jex.jaxpr_as_fun(closed)(*arguments))
 
 
+def on_cpu() -> bool:
+    """Whether computations go to a CPU unless told otherwise.
+
+    Results do not depend on it: it picks the faster of two ways, and is asked while
+    tracing so that only that one is traced.
+    """
+    return jax.default_backend() == "cpu"
+
+
 def inexact(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.inexact)
 

@@ -263,6 +263,8 @@ def linear_oracle(**settings):
 
 
 ROUTES = {
+    "fused": {"method": "fused"},
+    "fused_by_2": {"method": "fused", "microbatch_size": 2},
     "vmap": {"method": "vmap"},
     "scan": {"method": "scan"},
     "scan_by_2": {"method": "scan", "microbatch_size": 2},

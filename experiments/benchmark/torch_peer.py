@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 
-def make_model(weights):
+def make_model(weights, activation):
     """The MLP, with initial weights given as [in, out] matrices and biases."""
     layers = []
     for index in range(0, len(weights), 2):
@@ -29,17 +29,17 @@ def make_model(weights):
         with torch.no_grad():
             layer.weight.copy_(torch.from_numpy(kernel.T.copy()))
             layer.bias.copy_(torch.from_numpy(bias))
-        layers += [layer, nn.LeakyReLU(0.01)]
+        layers += [layer, activation]
     return nn.Sequential(*layers[:-1])
 
 
 def shared_forward(model, loss_fn, x, y):
     """The authors' way: one forward for all, one autograd.grad per environment."""
     params = list(model.parameters())
-    logits = model(x.flatten(0, 1))[:, 0].view(y.shape)
+    outputs = model(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     losses, stacked = [], []
     for env in range(len(x)):
-        loss = loss_fn(logits[env], y[env])
+        loss = loss_fn(outputs[env], y[env])
         losses.append(loss.detach())
         stacked.append(torch.autograd.grad(loss, params, retain_graph=True))
     return torch.stack(losses), [
@@ -52,7 +52,7 @@ def own_forward(model, loss_fn, x, y):
     params = list(model.parameters())
     losses, stacked = [], []
     for env in range(len(x)):
-        loss = loss_fn(model(x[env])[:, 0], y[env])
+        loss = loss_fn(model(x[env]), y[env])
         losses.append(loss.detach())
         stacked.append(torch.autograd.grad(loss, params))
     return torch.stack(losses), [
@@ -66,7 +66,7 @@ def functional(model, loss_fn, x, y):
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(params, x, y):
-        return loss_fn(torch.func.functional_call(model, params, (x,))[:, 0], y)
+        return loss_fn(torch.func.functional_call(model, params, (x,)), y)
 
     grads, losses = torch.func.vmap(
         torch.func.grad_and_value(loss), in_dims=(None, 0, 0)
@@ -81,13 +81,26 @@ WAYS = {
 }
 
 
+def binary_cross_entropy(outputs, y):
+    """Mean loss of logits [batch, 1] for labels [batch]."""
+    return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], y)
+
+
+def agreeing(grads, threshold):
+    """Where the signs of gradients [env, ...] agree well enough."""
+    return grads.sign().sum(0).abs() >= threshold * len(grads) - 1e-3
+
+
 class Training:
     """Model, data and optimizer of one way to get per-environment gradients."""
 
     def __init__(self, path, way):
         data = np.load(path)
         self.settings = json.loads(str(data["settings"]))
-        self.model = make_model([data[f"param_{i}"] for i in range(data["num_params"])])
+        self.model = make_model(
+            [data[f"param_{i}"] for i in range(data["num_params"])],
+            nn.LeakyReLU(0.01),
+        )
         names = ("train", "held_out", "test")
         self.splits = {
             name: [torch.from_numpy(data[f"{name}_{part}"]) for part in ("x", "y")]
@@ -95,7 +108,6 @@ class Training:
         }
         self.first_rows = torch.from_numpy(data["rows"]).long()
         self.gradients = WAYS[way]
-        self.loss_fn = nn.BCEWithLogitsLoss()
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
             lr=self.settings["learning_rate"],
@@ -109,10 +121,8 @@ class Training:
         """The AND-mask: sets the gradients, returns the fraction that passed."""
         kept_count, size = 0, 0
         rescale, cap = self.settings["rescale"], self.settings["max_rescale"]
-        num_envs = self.settings["num_envs"]
         for param, grads in zip(self.model.parameters(), stacked, strict=True):
-            votes = grads.sign().sum(0).abs()
-            kept = votes >= self.settings["threshold"] * num_envs - 1e-3
+            kept = agreeing(grads, self.settings["threshold"])
             param.grad = grads.mean(0) * kept
             if rescale:
                 # Where nothing passed there is nothing to scale.
@@ -135,7 +145,7 @@ class Training:
         for step_rows in rows:
             step_losses, stacked = self.gradients(
                 self.model,
-                self.loss_fn,
+                binary_cross_entropy,
                 x[env_index, step_rows],
                 y[env_index, step_rows],
             )
@@ -151,21 +161,30 @@ class Training:
         return result
 
 
-def main():
-    """Answers requests until standard input closes."""
-    training = None
+def serve(load, work):
+    """Answers requests until standard input closes.
+
+    Args:
+      load: makes what `work` needs of a request with "load".
+      work: answers any other request, given what `load` made and the request; the
+        seconds it takes are added to its answer.
+    """
+    loaded = None
     for line in sys.stdin:
         request = json.loads(line)
         if "load" in request:
             torch.manual_seed(0)
-            training = Training(request["load"], request["way"])
+            loaded = load(request)
             answer = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         else:
             start = time.perf_counter()
-            answer = training.epoch()
+            answer = work(loaded, request)
             answer["seconds"] = time.perf_counter() - start
         print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(
+        lambda request: Training(request["load"], request["way"]),
+        lambda training, _: training.epoch(),
+    )

@@ -59,8 +59,9 @@ class Settings:
     """L1 decay added to the aggregated gradient, before the optimizer's moments."""
     weight_decay: float = 0.0
     """Decoupled weight decay, added to the optimizer's update."""
-    oracle: Literal["scan", "vmap"] = "scan"
-    """How gradients are reduced: scan (few environments at a time), vmap (stacked)."""
+    oracle: Literal["fused", "scan", "vmap"] = "fused"
+    """How gradients are reduced: fused (layer by layer), scan (few environments at a
+    time), vmap (stacked)."""
     microbatch_size: int = 1
     """Environments at a time for scan: speed against memory. Sums are rounded
     differently."""
@@ -97,7 +98,7 @@ class Settings:
             raise ValueError(f"max_rescale needs rescale=True, got {cap!r} without it")
         require_choice("optimizer", self.optimizer, ("adam", "sgd"))
         require_choice("schedule", self.schedule, ("step", "cosine", "constant"))
-        require_choice("oracle", self.oracle, ("scan", "vmap"))
+        require_choice("oracle", self.oracle, ("fused", "scan", "vmap"))
         require(
             "batch_size",
             self.batch_size,

@@ -36,7 +36,7 @@ INVALID = [
     ("l2", -1e-3, "non-negative and finite"),
     ("l1", math.inf, "non-negative and finite"),
     ("weight_decay", math.nan, "non-negative and finite"),
-    ("oracle", "loop", "one of scan, vmap"),
+    ("oracle", "loop", "one of fused, scan, vmap"),
     ("microbatch_size", 0, "at least 1"),
     ("microbatch_size", 3, "a divisor of num_envs (16)"),
     ("checkpoint_every", 0, "at least 1"),
