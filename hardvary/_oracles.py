@@ -481,8 +481,8 @@ def _fuse(
         sums = _fused.sums(traced, stats, weights)
         return sums, (traced.losses, traced.aux)
 
-    if microbatch_size is not None and microbatch_size < problem.num_envs:
-        size = int(microbatch_size)
+    size = problem.num_envs if microbatch_size is None else int(microbatch_size)
+    if size != problem.num_envs:
         return _add_up(problem, stats, weights, size, axis_name, all_at_once)
     sums, (losses, aux) = all_at_once(problem.batch, weights)
     num_envs = total_weight(problem.num_envs, weights)
