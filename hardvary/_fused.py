@@ -7,7 +7,7 @@ layer:
 - `product`: an environment's gradient is one outer product, whose sign is the product
   of signs; one more matrix product sums them over environments.
 - `lookup`: rows of a table; only the rows that were looked up are touched.
-- `stack`: gradients no larger than what is there anyway.
+- `stack`: small gradients, and those of which nothing better is known.
 - `scan`: one environment at a time, added up.
 
 (Paper, section 3, asks for it: the time and memory of gradient descent.)
@@ -40,6 +40,8 @@ LAYOUT = ("reshape", "transpose", "squeeze", "expand_dims", "copy", "copy_p")
 CASTS = ("convert_element_type",)
 # Gradients this small are cheaper to stack than to go through one by one.
 SMALL = 4096
+# Environments whose convolutions' gradients are added up at once, on CPU.
+UNROLL = 2
 # Signs of more environments than this are summed by a matrix product on CPU, too.
 MAX_BITS = 512
 
@@ -240,14 +242,14 @@ def _decide(program: Program, group: Group) -> None:
         return
     only = group.uses[0] if len(group.uses) == 1 else None
     if only is not None and len(leaves) == 1:
-        layout = _is_layout(program, only.operands[0])
-        if layout and only.primitive == "dot_general" and not only.steps:
+        layout = not only.steps and _is_layout(program, only.operands[0])
+        if layout and only.primitive == "dot_general" and _is_real(only):
             if _rows(only) == 1:
                 group.rule = "product"
                 group.reason = "one outer product per environment"
                 return
             group.reason = f"a sum of {_rows(only)} outer products"
-        elif layout and only.primitive == "gather" and not only.steps:
+        elif layout and only.primitive == "gather":
             lookups = _lookups(only)
             if lookups is not None and lookups**2 <= size:
                 group.rule = "lookup"
@@ -277,6 +279,12 @@ def _is_layout(program: Program, value: Value) -> bool:
             continue
         return False
     return True
+
+
+def _is_real(use: Use) -> bool:
+    """Whether signs are what they seem: the real part of a product has no factors."""
+    variables = (*use.eqn.invars, *use.eqn.outvars)
+    return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in variables)
 
 
 def _size(atom: Any) -> int:
@@ -406,7 +414,9 @@ def _scan(
     gradient = sum(leaf.size for leaf in jax.tree.leaves(zeros)) // len(statistics)
     size = 1 if on_cpu() else _divisor(traced.num_envs, elements // gradient)
     if size == 1:
-        return jax.lax.scan(one, zeros, inputs)[0]
+        # Several in a row are added to the sums in one pass over these.
+        unroll = UNROLL if any(_conv.applies(use) for use in group.uses) else 1
+        return jax.lax.scan(one, zeros, inputs, unroll=unroll)[0]
     parts = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), inputs)
     return jax.lax.scan(several, zeros, parts)[0]
 

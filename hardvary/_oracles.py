@@ -330,11 +330,11 @@ def explain(
 
     Args:
       loss_fn: see `grad_stats`.
-      *args: as for the function that `grad_stats` returns, mostly `params, batch`.
+      args: as for the function that `grad_stats` returns, mostly `params, batch`.
       argnums: see `grad_stats`.
       has_aux: see `grad_stats`.
       env_axis_name: see `grad_stats`.
-      **kwargs: passed on to `loss_fn`.
+      kwargs: passed on to `loss_fn`.
 
     Returns:
       An `Explanation`, which prints as a table. Its rules, fastest first:

@@ -485,7 +485,7 @@ class _Builder:
             return list(outputs)
         outputs = [Value(var.aval, Kind.BATCH) for var in eqn.outvars]
         if has_params and not eqn.effects:
-            if name == "scan":
+            if name == "scan" and eqn.params["length"] > 0:
                 return self._loop(eqn, inputs, outputs)
             if name in OPERATIONS:
                 self._program.steps.append(Operation(eqn, inputs, outputs))

@@ -1,0 +1,463 @@
+"""The fused oracle: its rules, memory, refusals, and what accelerators do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import io_callback
+from jax.sharding import PartitionSpec as P
+
+import hardvary
+from hardvary import _fused, _trace
+from tests._asserts import assert_trees_close
+from tests._inputs import STATISTICS
+from tests._zoo import ZOO
+from tests.test_fused_zoo import build, check, run_oracle
+
+NUM_ENVS = 6
+
+
+def floats(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def shape_of(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+RULES = {
+    # name: (loss of one environment, parameter's shape, batch's shape, rule)
+    "dense_one_row": (
+        lambda w, x: jnp.sum(jnp.tanh(x @ w)),
+        (70, 80),
+        (70,),
+        "product",
+    ),
+    "dense_of_the_transpose": (
+        lambda w, x: jnp.sum(jnp.tanh(w.T @ x)),
+        (70, 80),
+        (70,),
+        "product",
+    ),
+    "dense_reshaped": (
+        lambda w, x: jnp.sum(jnp.tanh(x @ w.reshape(70, 80))),
+        (70, 8, 10),
+        (70,),
+        "product",
+    ),
+    "heads": (
+        lambda w, x: jnp.sum(jnp.tanh(jnp.einsum("hd,hdk->hk", x, w))),
+        (3, 50, 40),
+        (3, 50),
+        "product",
+    ),
+    "dense_several_rows": (
+        lambda w, x: jnp.sum(jnp.tanh(x @ w)),
+        (70, 80),
+        (4, 70),
+        "scan",
+    ),
+    "dense_nonlinear_in_the_parameter": (
+        lambda w, x: jnp.sum(jnp.tanh(x @ jnp.sin(w))),
+        (70, 80),
+        (70,),
+        "scan",
+    ),
+    "dense_used_twice": (
+        lambda w, x: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)),
+        (70, 70),
+        (70,),
+        "scan",
+    ),
+    "dense_regularised": (
+        lambda w, x: jnp.sum(jnp.tanh(x @ w)) + jnp.sum(w**2),
+        (70, 80),
+        (70,),
+        "scan",
+    ),
+    "dense_small": (
+        lambda w, x: jnp.sum(jnp.tanh(x @ w)),
+        (7, 8),
+        (4, 7),
+        "stack",
+    ),
+    "bias": (lambda w, x: jnp.sum(jnp.tanh(x + w)), (7,), (7,), "stack"),
+    "convolution": (
+        lambda w, x: jnp.sum(
+            jnp.tanh(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME"))
+        ),
+        (8, 4, 3, 3),
+        (1, 4, 9, 9),
+        "scan",
+    ),
+    "unused": (lambda w, x: jnp.sum(x), (7,), (7,), "unused"),
+    "stopped": (
+        lambda w, x: jnp.sum(jax.lax.stop_gradient(w) * x),
+        (7,),
+        (7,),
+        "unused",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_explain_names_the_rule_of_a_parameter(name):
+    loss, param_shape, batch_shape, rule = RULES[name]
+    params, batch = {"w": shape_of(*param_shape)}, shape_of(NUM_ENVS, *batch_shape)
+    explanation = hardvary.explain(lambda p, x: loss(p["w"], x), params, batch)
+    (row,) = explanation.parameters
+    assert row.rule == rule
+    assert row.reason
+    assert row.path == "['w']"
+    assert row.shape == param_shape
+    assert row.stacked_bytes == 4 * NUM_ENVS * np.prod(param_shape)
+
+
+def test_explain_of_an_embedding_is_a_lookup():
+    def loss(table, ids):
+        return jnp.sum(jnp.tanh(jnp.take(table, ids, axis=0)))
+
+    ids = shape_of(NUM_ENVS, 5, dtype=jnp.int32)
+    (row,) = hardvary.explain(loss, shape_of(100, 8), ids).parameters
+    assert (row.rule, row.path) == ("lookup", "the root")
+
+
+def test_explain_prints_a_line_for_every_parameter():
+    def loss(params, x):
+        return params["scale"] * jnp.sum(jnp.tanh(x @ params["w"]))
+
+    params = {"scale": shape_of(), "unused": shape_of(3), "w": shape_of(4, 5)}
+    text = str(hardvary.explain(loss, params, shape_of(NUM_ENVS, 4)))
+    lines = text.splitlines()
+    assert lines[0].split() == ["parameter", "shape", "rule", "reason", "stacked"]
+    assert len(lines) == 1 + len(params)
+    assert len({len(line) for line in lines}) == 1
+    assert "scalar" in lines[1]
+    assert "unused" in lines[2]
+    assert "product" in lines[3]
+
+
+def test_explain_takes_argnums_aux_and_keywords():
+    def loss(x, w, *, shift):
+        return jnp.sum(jnp.tanh(x @ w + shift)), {"x": x}
+
+    explanation = hardvary.explain(
+        loss,
+        shape_of(NUM_ENVS, 4),
+        shape_of(4, 5),
+        argnums=1,
+        has_aux=True,
+        shift=jnp.ones(5),
+    )
+    assert [row.rule for row in explanation.parameters] == ["product"]
+
+
+# What accelerators do differently, on the models where it matters.
+
+
+ACCELERATED = [
+    name
+    for name in ZOO
+    if any(part in name for part in ("dense", "conv", "einsum", "embed", "transformer"))
+]
+
+
+@pytest.mark.parametrize("name", ACCELERATED[::3])
+def test_fused_stats_as_on_an_accelerator_equal_stacked_gradients(name, monkeypatch):
+    for module in (_trace, _fused, _fused._conv):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+    check(name, run_oracle(name, build(name)[2], stats=STATISTICS))
+
+
+def test_signs_of_more_environments_than_bits_are_packed_equal_the_definition(
+    monkeypatch,
+):
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    w, x = floats(30, 20), floats(70, 30, seed=1).at[:, ::3].set(0)
+    oracle = hardvary.grad_stats(loss)
+    packed = jax.jit(oracle)(w, x)
+    monkeypatch.setattr(_fused, "MAX_BITS", 69)
+    multiplied = jax.jit(lambda *args: oracle(*args))(w, x)
+    expected = np.sign(jax.vmap(jax.grad(loss), (None, 0))(w, x)).sum(0)
+    np.testing.assert_array_equal(packed.sign_sum, expected)
+    np.testing.assert_array_equal(multiplied.sign_sum, expected)
+
+
+# Not finite.
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("stats", [("sign",), ("mean", "sign")], ids=str)
+def test_fused_of_an_input_that_is_not_finite_is_nan_where_the_gradient_is(
+    value, stats
+):
+    def loss(w, x):
+        return jnp.sum(jnp.where(jnp.isfinite(x), x, 0) @ w) + jnp.sum(x @ w) * 0.5
+
+    w, x = floats(5, 3), floats(NUM_ENVS, 5, seed=1).at[2, 1].set(value)
+    # One of two uses: the table of rules has a single one.
+    single = hardvary.grad_stats(lambda w, x: jnp.sum(x @ w), stats=stats)(w, x)
+    double = hardvary.grad_stats(loss, stats=stats)(w, x)
+    for result in (single, double):
+        np.testing.assert_array_equal(np.isnan(result.sign_sum[1]), True)
+        assert np.isfinite(np.delete(result.sign_sum, 1, axis=0)).all()
+
+
+def test_fused_of_a_product_that_overflows_is_nan():
+    stats = hardvary.grad_stats(lambda w, x: jnp.sum((x * 1e30) @ w) * 1e30)(
+        floats(4, 3), jnp.ones((NUM_ENVS, 4))
+    )
+    np.testing.assert_array_equal(np.isnan(stats.sign_sum), True)
+
+
+# Memory.
+
+
+def temporary_bytes(step, *args):
+    compiled = jax.jit(step).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_fused_memory_is_that_of_a_plain_step_and_four_times_the_parameters(rows):
+    params = [shape_of(256, 256) for _ in range(3)]
+    num_params = 4 * 3 * 256 * 256
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    def plain(params, x):
+        return jax.grad(lambda p: jax.vmap(loss, (None, 0))(p, x).sum())(params)
+
+    fused = hardvary.grad_stats(loss)
+    stacked = hardvary.grad_stats(loss, method="vmap")
+    excess = {}
+    for num_envs in (16, 64):
+        x = shape_of(num_envs, rows, 256)
+        base = temporary_bytes(plain, params, x)
+        excess[num_envs] = temporary_bytes(fused, params, x) - base
+        assert excess[num_envs] <= 4 * num_params
+        assert temporary_bytes(stacked, params, x) - base > 4 * num_params
+    # Nor does it grow with environments by more than their activations do.
+    assert excess[64] - excess[16] <= 48 * rows * 256 * 4 * 3
+
+
+def test_fused_by_microbatches_bounds_the_memory_of_activations():
+    def loss(w, x):
+        for _ in range(4):
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    w, x = shape_of(64, 64), shape_of(64, 256, 64)
+    sizes = [
+        temporary_bytes(hardvary.grad_stats(loss, microbatch_size=size), w, x)
+        for size in (4, 64)
+    ]
+    assert sizes[0] < sizes[1] / 4
+
+
+# Collectives inside the loss.
+
+
+def normalised(params, x, axis):
+    mean = jax.lax.pmean(x, axis)
+    var = jax.lax.pmean(jnp.square(x - mean), axis)
+    return (x - mean) / jnp.sqrt(var + 1e-3) * params["scale"]
+
+
+def with_shared_norm(params, x, axis="env"):
+    hidden = normalised(params, x @ params["w"], axis)
+    return jnp.sum(jnp.tanh(hidden @ params["out"]) ** 2)
+
+
+@pytest.fixture
+def norm_params():
+    return {"w": floats(4, 5), "scale": floats(5, seed=1), "out": floats(5, 2, seed=2)}
+
+
+def test_env_axis_name_gives_collectives_all_environments(norm_params):
+    x = floats(NUM_ENVS, 4, seed=3)
+    settings = {"stats": STATISTICS, "env_axis_name": "env"}
+    fused = hardvary.value_and_grad_stats(with_shared_norm, **settings)
+    stacked = hardvary.value_and_grad_stats(with_shared_norm, method="vmap", **settings)
+    actual, expected = jax.jit(fused)(norm_params, x), stacked(norm_params, x)
+    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+    # The copies' gradients add up to the gradient of the sum of all losses.
+    def total(params):
+        run = jax.vmap(with_shared_norm, (None, 0), axis_name="env")
+        return jnp.sum(run(params, x))
+
+    full = jax.grad(total)(norm_params)
+    sums = jax.tree.map(lambda mean: mean * NUM_ENVS, actual[1].mean)
+    assert_trees_close(sums, full, rtol=1e-4, atol=1e-5)
+
+
+def test_env_axis_name_of_a_loss_that_asks_for_its_index():
+    def loss(w, x):
+        return w * x * jnp.float32(jax.lax.axis_index("env"))
+
+    stats = hardvary.grad_stats(loss, env_axis_name="env")(
+        jnp.float32(1), jnp.ones(NUM_ENVS)
+    )
+    assert float(stats.sign_sum) == NUM_ENVS - 1
+    assert float(stats.mean) == pytest.approx((NUM_ENVS - 1) / 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "scan"}, {"method": "fused", "microbatch_size": 2}],
+    ids=["scan", "microbatches"],
+)
+def test_env_axis_name_where_environments_do_not_meet_raises(settings):
+    with pytest.raises(ValueError, match=r"env_axis_name .* got 'env'"):
+        hardvary.grad_stats(with_shared_norm, env_axis_name="env", **settings)
+
+
+@pytest.mark.parametrize("method", ["fused", "scan", "vmap"])
+def test_shared_norm_without_env_axis_name_raises(norm_params, method):
+    oracle = hardvary.grad_stats(with_shared_norm, method=method)
+    with pytest.raises(ValueError, match="env_axis_name"):
+        oracle(norm_params, floats(NUM_ENVS, 4))
+
+
+def test_other_name_errors_of_a_loss_are_its_own():
+    def loss(w, x):
+        raise NameError("name 'y' is not defined")
+
+    with pytest.raises(NameError, match="'y'"):
+        hardvary.grad_stats(loss)(jnp.ones(2), jnp.ones((3, 2)))
+
+
+# Side effects.
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["unordered", "ordered"])
+def test_fused_of_a_loss_with_side_effects_raises(ordered):
+    def loss(w, x):
+        io_callback(lambda value: None, None, x, ordered=ordered)
+        return jnp.sum(w * x)
+
+    with pytest.raises(ValueError, match=r"side effects.*aux"):
+        hardvary.grad_stats(loss)(jnp.ones(2), jnp.ones((3, 2)))
+
+
+def test_fused_of_a_loss_that_prints_prints_once_for_every_environment(capfd):
+    @jax.checkpoint
+    def layer(w, x):
+        jax.debug.print("seen {}", x[0])
+        return jnp.tanh(x @ w)
+
+    def loss(w, x):
+        return jnp.sum(layer(w, x))
+
+    w, x = floats(3, 2), floats(4, 3, seed=1)
+    stats = jax.jit(hardvary.grad_stats(loss))(w, x)
+    jax.effects_barrier()
+    expected = hardvary.grad_stats(
+        lambda w, x: jnp.sum(jnp.tanh(x @ w)), method="vmap"
+    )(w, x)
+    assert_trees_close(stats, expected)
+    # A rematerialised function runs, and prints, again in the backward pass.
+    assert capfd.readouterr().out.count("seen") == 8
+
+
+# Counts between devices.
+
+
+def collectives(jaxpr):
+    """Dtypes of what is summed over devices."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("psum"):
+            found += [str(var.aval.dtype) for var in eqn.invars]
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += collectives(inner)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "stats", "dtype"),
+    [
+        (64, ("mean", "sign"), "int8"),
+        (64, ("sign",), "float16"),
+        (2048, ("mean", "sign"), "float16"),
+        (4096, ("mean", "sign"), "float32"),
+    ],
+)
+def test_counts_cross_devices_in_the_narrowest_type(num_envs, stats, dtype):
+    mesh = jax.make_mesh((8,), ("env",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    oracle = hardvary.grad_stats(loss, stats=stats, axis_name="env")
+    run = jax.jit(
+        jax.shard_map(oracle, mesh=mesh, in_specs=(P(), P("env")), out_specs=P())
+    )
+    w, x = floats(3, 2), jnp.abs(floats(num_envs, 3, seed=1)) + 0.1
+    sent = collectives(jax.make_jaxpr(run)(w, x).jaxpr)
+    assert sent
+    if dtype == "float32":
+        assert set(sent) <= {"float32", "int32"}
+    else:
+        assert sent.count(dtype) == 1
+    result = run(w, x)
+    np.testing.assert_array_equal(result.sign_sum, np.full((3, 2), num_envs))
+    broken = run(w, x.at[5, 1].set(jnp.nan))
+    np.testing.assert_array_equal(np.isnan(broken.sign_sum[1]), True)
+
+
+# Steps.
+
+
+def test_fused_step_compiles_once():
+    traces = []
+
+    def loss(w, x):
+        traces.append(None)
+        return jnp.sum(jnp.tanh(x @ w))
+
+    tx = optax.chain(hardvary.and_mask(0.5), optax.sgd(0.1))
+    oracle = hardvary.value_and_grad_stats(loss)
+
+    @jax.jit
+    def step(w, state, x):
+        losses, stats = oracle(w, x)
+        updates, state = tx.update(stats, state, w)
+        return optax.apply_updates(w, updates), state, losses
+
+    w = floats(4, 3)
+    state = tx.init(w)
+    for seed in range(3):
+        w, state, _ = step(w, state, floats(NUM_ENVS, 4, seed=seed))
+    assert len(traces) == 1
+
+
+def test_fused_of_a_loss_that_closes_over_traced_values_equals_stacked():
+    def run(shift, w, x):
+        loss = functools.partial(
+            lambda w, x, shift: jnp.sum(jnp.tanh(x @ w + shift)), shift=shift
+        )
+        return hardvary.grad_stats(loss, stats=STATISTICS)(w, x)
+
+    w, x, shifts = floats(4, 3), floats(NUM_ENVS, 4, seed=1), floats(2, 3, seed=2)
+    together = jax.jit(jax.vmap(run, (0, None, None)))(shifts, w, x)
+    for i in range(2):
+        loss = lambda w, x: jnp.sum(jnp.tanh(x @ w + shifts[i]))  # noqa: B023, E731
+        expected = hardvary.grad_stats(loss, stats=STATISTICS, method="vmap")(w, x)
+        assert_trees_close(
+            jax.tree.map(lambda leaf: leaf[i], together),  # noqa: B023
+            expected,
+        )
