@@ -159,9 +159,10 @@ class Traced:
                 outputs = [inside[atom] for atom in program.outputs]
                 return jnp.asarray(outputs[0]), (outputs[1:], saved)
 
-            (value, (aux, saved)), cotangents = jax.value_and_grad(loss, has_aux=True)(
-                program.zeros()
-            )
+            # Not jax.grad, which refuses the complex values that real parameters may
+            # turn into on the way.
+            value, vjp, (aux, saved) = jax.vjp(loss, program.zeros(), has_aux=True)
+            (cotangents,) = vjp(jnp.ones_like(value))
             return [value, *aux], saved, cotangents
 
         run = jax.vmap(one, axis_name=axis_name)

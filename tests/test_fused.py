@@ -461,3 +461,41 @@ def test_fused_of_a_loss_that_closes_over_traced_values_equals_stacked():
             jax.tree.map(lambda leaf: leaf[i], together),  # noqa: B023
             expected,
         )
+
+
+COMPLEX = {
+    "data": lambda w, x: jnp.sum(
+        jnp.square(jnp.abs((x * jnp.exp(1j * x)) @ w.astype(jnp.complex64)))
+    ),
+    "parameter": lambda w, x: jnp.sum(
+        jnp.square(jnp.abs(jax.lax.complex(w, jnp.square(w)).T @ x.astype(complex)))
+    ),
+    "fourier": lambda w, x: jnp.sum(
+        jnp.square(jnp.abs(jnp.fft.fft(w, axis=1)[:9] * x[:9, None] - 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_fused_of_complex_values_on_the_way_equals_stacked(name):
+    w, x = floats(70, 80), floats(NUM_ENVS, 70, seed=1)
+    with jax.numpy_dtype_promotion("standard"):
+        actual, expected = (
+            jax.jit(hardvary.grad_stats(COMPLEX[name], stats=STATISTICS, method=m))(
+                w, x
+            )
+            for m in ("fused", "vmap")
+        )
+    scale = float(jnp.abs(expected.mean).max())
+    assert_trees_close(actual.mean, expected.mean, rtol=0, atol=1e-5 * scale)
+    assert_trees_close(actual.sign_sum, expected.sign_sum, rtol=0, atol=0)
+
+
+def test_fused_of_a_scan_of_no_steps_equals_stacked():
+    def loss(w, x):
+        y, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=0)
+        return jnp.sum(jnp.tanh(y @ w))
+
+    w, x = floats(70, 70), floats(NUM_ENVS, 70, seed=1)
+    actual = hardvary.grad_stats(loss)(w, x)
+    assert_trees_close(actual, hardvary.grad_stats(loss, method="vmap")(w, x))
