@@ -161,9 +161,9 @@ class Traced:
 
             # Not jax.grad, which refuses the complex values that real parameters may
             # turn into on the way.
-            value, vjp, (aux, saved) = jax.vjp(loss, program.zeros(), has_aux=True)
-            (cotangents,) = vjp(jnp.ones_like(value))
-            return [value, *aux], saved, cotangents
+            output, vjp, (aux, saved) = jax.vjp(loss, program.zeros(), has_aux=True)
+            (cotangents,) = vjp(jnp.ones_like(output))
+            return [output, *aux], saved, cotangents
 
         run = jax.vmap(one, axis_name=axis_name)
         outputs, self.saved, self.cotangents = run(batch)

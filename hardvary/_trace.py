@@ -7,6 +7,7 @@ made of, the batch-dependent inputs and the cotangents of its outputs, so that n
 has to stack the gradients themselves.
 """
 
+import abc
 import dataclasses
 import enum
 import math
@@ -116,7 +117,7 @@ class Use:
         return vjp(list(cotangents))
 
 
-class Site:
+class Site(abc.ABC):
     """A place in a program where there are uses.
 
     `zeros()` are added to the outputs: their gradients are the cotangents.
@@ -124,12 +125,12 @@ class Site:
 
     uses: list[Use]
 
-    def zeros(self) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def zeros(self) -> Any: ...
 
+    @abc.abstractmethod
     def run(self, env: Env, zeros: Any) -> Any:
         """Computes the outputs into `env` and returns what the uses need saved."""
-        raise NotImplementedError
 
 
 class Copy(Site):
