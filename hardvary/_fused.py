@@ -24,7 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _conv, _validate
-from hardvary._statistics import contribution, sign_or_nan, sum_over_envs, vary_like
+from hardvary._statistics import (
+    along_envs,
+    contribution,
+    sign_or_nan,
+    sum_over_envs,
+    vary_like,
+    zero_sum,
+)
 from hardvary._trace import Env, Kind, Program, Use, Value, build, on_cpu
 
 PyTree = Any
@@ -42,8 +49,8 @@ CASTS = ("convert_element_type",)
 SMALL = 4096
 # Environments whose convolutions' gradients are added up at once, on CPU.
 UNROLL = 2
-# Signs of more environments than this are summed by a matrix product on CPU, too.
-MAX_BITS = 512
+# Environments whose signs are counted at once, on CPU: a few words.
+PART = 128
 
 
 @dataclasses.dataclass(eq=False)
@@ -319,7 +326,7 @@ def _unused(
     weights: jax.Array | None,
 ) -> Sums:
     def total(leaf: Any, name: str) -> jax.Array:
-        zero = jnp.zeros(np.shape(leaf), _validate.wide(jnp.result_type(leaf)))
+        zero = zero_sum(leaf)
         count = traced.num_envs if weights is None else jnp.sum(weights)
         return contribution(name)(zero) * jnp.asarray(count, zero.dtype)
 
@@ -336,8 +343,7 @@ def _pull(traced: Traced, group: Group) -> Callable[[Any, Any], list[jax.Array]]
     inputs = [program.inputs[i] for i in group.leaves]
 
     def determine(*leaves: Any) -> list[Any]:
-        env = Env(traced.env)
-        inside = Env(env)
+        inside = Env(traced.env)
         for value, leaf in zip(inputs, leaves, strict=True):
             inside[value] = leaf
         program.run_hoisted(inside, operands)
@@ -391,11 +397,8 @@ def _scan(
     pull = _pull(traced, group)
     inputs = (*_left_behind(traced, group), weights)
 
-    def zero(i: int) -> jax.Array:
-        leaf = traced.leaves[i]
-        return jnp.zeros(np.shape(leaf), _validate.wide(jnp.result_type(leaf)))
-
-    zeros = {name: [zero(i) for i in group.leaves] for name in statistics}
+    leaves = [traced.leaves[i] for i in group.leaves]
+    zeros = {name: [zero_sum(leaf) for leaf in leaves] for name in statistics}
     zeros = vary_like(zeros, (inputs, traced.leaves))
 
     def one(total: Sums, inputs: Any) -> tuple[Sums, None]:
@@ -452,7 +455,13 @@ def _rows(use: Use) -> int:
     return math.prod(shape[i] for i in free)
 
 
-def _outer(use: Use, data: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
+def _outer(
+    use: Use,
+    data: jax.Array,
+    cotangent: jax.Array,
+    dtype: Any,
+    precision: Any,
+) -> jax.Array:
     """Sums the products of all environments, in the layout of the parameter."""
     mine_contract, mine_batch, contract, batch, free = _sides(use)
     ndim = use.eqn.invars[use.side].aval.ndim
@@ -468,7 +477,7 @@ def _outer(use: Use, data: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.A
             ((0, *up(free)), (0, *up(rows))),
             (up(batch), up(range(len(batch)))),
         ),
-        precision=use.eqn.params["precision"],
+        precision=precision,
         preferred_element_type=dtype,
     )
     # Now: batch axes, contracted axes in the data's order, the parameter's free axes.
@@ -491,21 +500,24 @@ def _product(
     dtype = _validate.wide(jnp.result_type(traced.leaves[leaf]))
     if weights is not None:
         # 0 * NaN is NaN: an absent environment may hold anything.
-        present = lambda x: jnp.where(_along(weights, x) > 0, x, 0)  # noqa: E731
+        present = lambda x: jnp.where(along_envs(weights, x) > 0, x, 0)  # noqa: E731
         data, cotangent = present(data), present(cotangent)
     for name in statistics:
         if name in rest:
             continue
-        function = MULTIPLICATIVE[name]
-        left, right = function(data), function(cotangent)
-        if name != "mean" or weights is not None:
-            left, right = left.astype(dtype), right.astype(dtype)
-        if weights is not None:
-            right = right * _along(weights, right)
         if name == "sign" and weights is None:
-            total = _sum_of_signs(use, left, right, dtype)
+            total = _sum_of_signs(use, data, cotangent, dtype)
         else:
-            total = _outer(use, left, right, dtype)
+            function = MULTIPLICATIVE[name]
+            left, right = function(data), function(cotangent)
+            if name != "mean" or weights is not None:
+                left, right = left.astype(dtype), right.astype(dtype)
+            if weights is not None:
+                right = right * along_envs(weights, right)
+            # What is precise enough for gradients would round the weights of signs.
+            highest = jax.lax.Precision.HIGHEST
+            precision = highest if name == "sign" else use.eqn.params["precision"]
+            total = _outer(use, left, right, dtype, precision)
         result[name] = [_in_layout(traced, use.operands[0], leaf, total)]
     if "mean" in statistics and "sign" in statistics:
         # Finite factors may have a product that is not.
@@ -514,19 +526,37 @@ def _product(
     return result
 
 
-def _sum_of_signs(use: Use, left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
-    """`_outer` of factors in {-1, 0, 1, NaN}."""
-    if on_cpu():
-        if len(left) > MAX_BITS:
-            return _outer(use, left, right, dtype)
-        return _count_bits(use, left, right).astype(dtype)
-    # bfloat16 holds these exactly, NaN too, and the sums are in a wide type.
-    factors = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
-    return _outer(use, *factors, jnp.dtype(jnp.float32)).astype(dtype)
+def _sum_of_signs(
+    use: Use, data: jax.Array, cotangent: jax.Array, dtype: Any
+) -> jax.Array:
+    """Sums the signs of the products of all environments, as `_outer` does."""
+    if not on_cpu():
+        # bfloat16 holds signs exactly, NaN too, and the sums are in a wide type.
+        left, right = (
+            sign_or_nan(factor).astype(jnp.bfloat16) for factor in (data, cotangent)
+        )
+        return _outer(use, left, right, jnp.dtype(jnp.float32), None).astype(dtype)
+    whole = len(data) // PART
+    if whole == 0 or len(data) == PART:
+        return _count_bits(use, data, cotangent).astype(dtype)
+
+    def body(total: jax.Array, factors: Any) -> tuple[jax.Array, None]:
+        return total + _count_bits(use, *factors), None
+
+    def parts(factor: jax.Array) -> jax.Array:
+        return factor[: whole * PART].reshape(whole, PART, *factor.shape[1:])
+
+    zeros = jnp.zeros(use.operands[0].aval.shape, jnp.float32)
+    total, _ = jax.lax.scan(
+        body, vary_like(zeros, (data, cotangent)), (parts(data), parts(cotangent))
+    )
+    if len(data) % PART:
+        total += _count_bits(use, data[whole * PART :], cotangent[whole * PART :])
+    return total.astype(dtype)
 
 
 def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
-    """`_outer` of factors in {-1, 0, 1, NaN}, 32 environments in a word.
+    """`_sum_of_signs` in float32, 32 environments in a word.
 
     A CPU multiplies 8 or 16 numbers at once, and so many times 32 signs.
     """
@@ -564,7 +594,7 @@ def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _pack(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Axis 0 in words of 32 bits: not zero; negative; any NaN, of shape `[1, ...]`."""
+    """Signs, 32 environments in a word: not zero; negative; and `[1, ...]`, any NaN."""
     # Sums of powers of two, half a word at a time, are exact in float32, and a matrix
     # product is the fastest way to them.
     num_halves = 2 * -(-len(factor) // 32)
@@ -580,14 +610,10 @@ def _pack(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         low, high = halves[0::2], halves[1::2]
         return low.astype(jnp.uint32) | (high.astype(jnp.uint32) << 16)
 
+    sign = sign_or_nan(factor).astype(jnp.float32)
     # NaN * NaN is NaN and reaches every word.
-    nonzero = halves(factor.astype(jnp.float32) * factor.astype(jnp.float32))
-    negative = halves((factor < 0).astype(jnp.float32))
+    nonzero, negative = halves(sign * sign), halves((sign < 0).astype(jnp.float32))
     return words(nonzero), words(negative), jnp.isnan(nonzero[:1])
-
-
-def _along(weights: jax.Array, like: jax.Array) -> jax.Array:
-    return weights.astype(like.dtype).reshape((-1,) + (1,) * (like.ndim - 1))
 
 
 def _in_layout(traced: Traced, value: Value, leaf: int, total: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Gradients of every environment, stacked or reduced on the way."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +18,10 @@ from hardvary._statistics import (
     finalize,
     mean_like,
     names_of,
-    reduce_stacked,
     sum_over_envs,
     total_weight,
     vary_like,
+    zero_sum,
 )
 
 PyTree = Any
@@ -152,9 +153,11 @@ def grad_stats(
         aux stay local.
       env_axis_name: a name for the axis of environments that `loss_fn` may use in
         collectives, such as a batch norm over all environments; for `"fused"` without
-        microbatches and `"vmap"`. The gradient of environment `e` is then the one of
-        the sum of all losses with respect to `e`'s own copy of the parameters; these
-        gradients add up to the gradient of the sum.
+        microbatches and `"vmap"`. Inside `jax.shard_map` it stands for the
+        environments of one device, a collective over all names both axes, and jax
+        0.10 wants `check_vma=False` there. The gradient of environment `e` is then the
+        one of the sum of all losses with respect to `e`'s own copy of the parameters;
+        these gradients add up to the gradient of the sum.
 
     Returns:
       A function `(*args, env_weights=None, **kwargs) -> GradStats`, or
@@ -300,16 +303,27 @@ def value_and_grad_stats(
         problem = _Problem(loss_fn, argnums, has_aux, args, kwargs, axis_name)
         axes = _explicit_axes(problem.batch)
         if axes and method == "fused":
-            return on_every_device(axes, args, env_weights, kwargs)
+            if env_axis_name is None:
+                return on_every_device(axes, args, env_weights, kwargs)
+            # A collective in the loss is over all environments: bring them together.
+            problem.batch = jax.tree.map(_gather, problem.batch)
         weights = None
         if env_weights is not None:
             weights = _validate.env_weights(env_weights, problem.num_envs, "grad_stats")
-        run = {"fused": _fuse, "scan": _scan_and_add, "vmap": _stack_then_reduce}[
-            method
-        ]
-        losses, aux, result = run(
-            problem, stats, weights, microbatch_size, axis_name, env_axis_name
+        sums_of = functools.partial(
+            _fused_sums if method == "fused" else _stacked_sums,
+            problem,
+            stats,
+            env_axis_name,
         )
+        size = 1 if method == "scan" else problem.num_envs
+        size = size if microbatch_size is None else int(microbatch_size)
+        if size == problem.num_envs:
+            sums, (losses, aux) = sums_of(problem.batch, weights)
+        else:
+            sums, (losses, aux) = _add_up(problem, stats, weights, size, sums_of)
+        num_envs = total_weight(problem.num_envs, weights)
+        result = finalize(sums, num_envs, axis_name)
         result = mean_like(result, problem.params)
         return ((losses, aux) if has_aux else losses), result
 
@@ -338,10 +352,10 @@ def explain(
 
     Returns:
       An `Explanation`, which prints as a table. Its rules, fastest first:
-      `"product"`, a single outer product per environment, whose signs cost one more
-      matrix product; `"lookup"`, rows of a table; `"stack"`, gradients no larger than
-      the cotangents that are there anyway, or that nothing is known about; `"scan"`,
-      one environment at a time; `"unused"`, no gradient reaches it.
+      `"product"`, a single outer product per environment, whose signs are those of its
+      factors; `"lookup"`, rows of a table; `"stack"`, small gradients, and those of
+      which nothing better is known; `"scan"`, one environment at a time; `"unused"`, no
+      gradient reaches it.
 
     Raises:
       TypeError: as `grad_stats`.
@@ -380,19 +394,45 @@ def _explicit_axes(batch: PyTree) -> tuple[str, ...]:
     return ()
 
 
-def _stack_then_reduce(
+def _gather(leaf: Any) -> jax.Array:
+    """`leaf` with all environments on every device, if it is sharded explicitly."""
+    leaf = jnp.asarray(leaf)
+    spec = jax.typeof(leaf).sharding.spec
+    if spec and spec[0] is not None:
+        leaf = jax.reshard(leaf, jax.P(None, *spec[1:]))
+    return leaf
+
+
+def _stacked_sums(
     problem: "_Problem",
     stats: Sequence[str],
-    weights: jax.Array | None,
-    microbatch_size: int | None,
-    axis_name: AxisName | None,
     env_axis_name: str | None,
-) -> tuple[jax.Array, PyTree, Any]:
-    del microbatch_size
-    run = jax.vmap(problem.value_and_grad, axis_name=env_axis_name)
-    (losses, aux), grads = run(problem.batch)
-    result = reduce_stacked(grads, stats, weights, problem.num_envs, axis_name)
-    return losses, aux, result
+    batch: Any,
+    weights: jax.Array | None,
+) -> Any:
+    """Sums of statistics and `(losses, aux)`, by stacking the gradients of `batch`."""
+    if len(jax.tree.leaves(batch)[0]) == 1 and env_axis_name is None:
+        # Not vmap over one: a batched convolution gradient is far slower.
+        value, grads = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf)[None],
+            problem.value_and_grad(jax.tree.map(lambda leaf: leaf[0], batch)),
+        )
+    else:
+        run = jax.vmap(problem.value_and_grad, axis_name=env_axis_name)
+        value, grads = run(batch)
+    return sum_over_envs(grads, stats, weights), value
+
+
+def _fused_sums(
+    problem: "_Problem",
+    stats: Sequence[str],
+    env_axis_name: str | None,
+    batch: Any,
+    weights: jax.Array | None,
+) -> Any:
+    """As `_stacked_sums`, without stacking."""
+    traced = _fused.Traced(problem.loss, problem.params, batch, env_axis_name)
+    return _fused.sums(traced, stats, weights), (traced.losses, traced.aux)
 
 
 def _add_up(
@@ -400,13 +440,9 @@ def _add_up(
     stats: Sequence[str],
     weights: jax.Array | None,
     size: int,
-    axis_name: AxisName | None,
-    microbatch: Callable[..., Any],
-) -> tuple[jax.Array, PyTree, Any]:
-    """Adds up the statistics of `size` environments at a time.
-
-    `microbatch(batch, weights)` returns their sums and `(losses, aux)`.
-    """
+    sums_of: Callable[..., Any],
+) -> Any:
+    """What `sums_of(batch, weights)` returns, from `size` environments at a time."""
     count, rest = divmod(problem.num_envs, size)
     if rest:
         raise ValueError(
@@ -415,78 +451,21 @@ def _add_up(
         )
 
     def split(leaf: Any) -> jax.Array:
-        leaf = jnp.asarray(leaf)
-        spec = jax.typeof(leaf).sharding.spec
-        if spec and spec[0] is not None:
-            # Explicitly sharded environments: a scan goes through them in order.
-            leaf = jax.reshard(leaf, jax.P(None, *spec[1:]))
+        # Explicitly sharded environments: a scan goes through them in order.
+        leaf = _gather(leaf)
         return leaf.reshape(count, size, *leaf.shape[1:])
 
     def body(total: Any, inputs: Any) -> tuple[Any, Any]:
-        sums, value = microbatch(*inputs)
+        sums, value = sums_of(*inputs)
         return jax.tree.map(jnp.add, total, sums), value
 
-    def zero(param: Any) -> jax.Array:
-        dtype = _validate.wide(jnp.result_type(param))
-        return jnp.zeros(np.shape(param), dtype)
-
-    zeros = {name: jax.tree.map(zero, problem.params) for name in stats}
+    zeros = {name: jax.tree.map(zero_sum, problem.params) for name in stats}
     zeros = vary_like(zeros, (problem.batch, problem.params, weights))
     inputs = jax.tree.map(split, (problem.batch, weights))
     sums, value = jax.lax.scan(body, zeros, inputs)
-    losses, aux = jax.tree.map(
+    return sums, jax.tree.map(
         lambda leaf: leaf.reshape(problem.num_envs, *leaf.shape[2:]), value
     )
-    num_envs = total_weight(problem.num_envs, weights)
-    return losses, aux, finalize(sums, num_envs, axis_name)
-
-
-def _scan_and_add(
-    problem: "_Problem",
-    stats: Sequence[str],
-    weights: jax.Array | None,
-    microbatch_size: int | None,
-    axis_name: AxisName | None,
-    env_axis_name: str | None,
-) -> tuple[jax.Array, PyTree, Any]:
-    del env_axis_name
-    size = 1 if microbatch_size is None else int(microbatch_size)
-
-    def microbatch(batch: Any, weights: jax.Array | None) -> Any:
-        if size == 1:
-            # Not vmap over one: a batched convolution gradient is far slower.
-            value, grads = problem.value_and_grad(
-                jax.tree.map(lambda leaf: leaf[0], batch)
-            )
-            value, grads = jax.tree.map(
-                lambda leaf: jnp.asarray(leaf)[None], (value, grads)
-            )
-        else:
-            value, grads = jax.vmap(problem.value_and_grad)(batch)
-        return sum_over_envs(grads, stats, weights), value
-
-    return _add_up(problem, stats, weights, size, axis_name, microbatch)
-
-
-def _fuse(
-    problem: "_Problem",
-    stats: Sequence[str],
-    weights: jax.Array | None,
-    microbatch_size: int | None,
-    axis_name: AxisName | None,
-    env_axis_name: str | None,
-) -> tuple[jax.Array, PyTree, Any]:
-    def all_at_once(batch: Any, weights: jax.Array | None) -> Any:
-        traced = _fused.Traced(problem.loss, problem.params, batch, env_axis_name)
-        sums = _fused.sums(traced, stats, weights)
-        return sums, (traced.losses, traced.aux)
-
-    size = problem.num_envs if microbatch_size is None else int(microbatch_size)
-    if size != problem.num_envs:
-        return _add_up(problem, stats, weights, size, axis_name, all_at_once)
-    sums, (losses, aux) = all_at_once(problem.batch, weights)
-    num_envs = total_weight(problem.num_envs, weights)
-    return losses, aux, finalize(sums, num_envs, axis_name)
 
 
 def _check_arguments(

@@ -87,6 +87,16 @@ def contribution(statistic: str, log_eps: Any = LOG_EPS) -> Callable[..., jax.Ar
     return functions[statistic]
 
 
+def along_envs(weights: jax.Array, like: jax.Array) -> jax.Array:
+    """`weights: [env]` in the dtype of `like: [env, ...]`, to multiply it with."""
+    return weights.astype(like.dtype).reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def zero_sum(param: Any) -> jax.Array:
+    """What sums of a parameter's statistics start from."""
+    return jnp.zeros(np.shape(param), _validate.wide(jnp.result_type(param)))
+
+
 def sum_over_envs(
     grads: PyTree,
     statistics: Sequence[str],
@@ -109,7 +119,7 @@ def sum_over_envs(
         dtype = _validate.wide(grad.dtype)
         values = function(grad.astype(dtype))
         if weights is not None:
-            weight = weights.astype(dtype).reshape((-1,) + (1,) * (grad.ndim - 1))
+            weight = along_envs(weights, values)
             # 0 * NaN is NaN: an absent environment may hold anything.
             values = jnp.where(weight > 0, weight * values, 0)
         return jnp.sum(values, axis=0)

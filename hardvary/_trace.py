@@ -52,9 +52,6 @@ class Env:
     def __setitem__(self, value: Value, result: Any) -> None:
         self._own[value] = result
 
-    def __contains__(self, value: Value) -> bool:
-        return value in self._own or (self._outer is not None and value in self._outer)
-
     def __getitem__(self, atom: Atom) -> Any:
         if isinstance(atom, jex.Literal):
             return atom.val
@@ -304,7 +301,7 @@ class Loop(Site):
             carry = [results[i] for i in self._moving]
             return carry, (results[carries:], saved)
 
-        carry = [_as_array(env[atom]) for _, atom in self._carry]
+        carry = [jnp.asarray(env[atom]) for _, atom in self._carry]
         carry, (ys, saved) = jax.lax.scan(
             step,
             carry,
@@ -592,10 +589,6 @@ def _is(atom: Atom, kind: Kind) -> bool:
 
 def _constants(atoms: Sequence[Atom]) -> tuple[Value, ...]:
     return tuple(a for a in atoms if isinstance(a, Value) and a.kind is Kind.CONST)
-
-
-def _as_array(value: Any) -> jax.Array:
-    return jnp.asarray(value)
 
 
 def _zeros(aval: Any) -> jax.Array:

@@ -224,3 +224,28 @@ def test_grad_stats_of_an_explicitly_sharded_batch_equal_one_device(
     with jax.set_mesh(mesh):
         actual = oracle(params, sharded)
     assert_trees_close(actual, oracle(params, batch))
+
+
+@every_method
+def test_value_and_grad_stats_of_an_explicitly_sharded_batch_with_weights_and_aux(
+    params, batch, method
+):
+    mesh = jax.make_mesh((8,), ("env",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = NamedSharding(mesh, P("env"))
+    weights = jnp.arange(NUM_ENVS, dtype=jnp.float32) % 3
+
+    def with_aux(params, x):
+        return loss_fn(params, x), {"first": x[0, 0]}
+
+    oracle = jax.jit(
+        hardvary.value_and_grad_stats(
+            with_aux, stats=STATISTICS, method=method, has_aux=True
+        )
+    )
+    with jax.set_mesh(mesh):
+        actual = oracle(
+            params,
+            jax.device_put(batch, sharding),
+            env_weights=jax.device_put(weights, sharding),
+        )
+    assert_trees_close(actual, oracle(params, batch, env_weights=weights))
