@@ -33,6 +33,7 @@ from experiments.synthetic.config import (
     shared_settings,
 )
 from experiments.synthetic.training import (
+    EVALUATED,
     dataset_for,
     epoch_order,
     make_keys,
@@ -142,7 +143,7 @@ def write_training(config: TrainConfig, path: Path) -> None:
         for part, leaf in zip(("x", "y"), split, strict=True)
     }
     arrays |= {f"param_{index}": leaf for index, leaf in enumerate(weights)}
-    arrays |= {"rows": order, "num_params": len(weights)}
+    arrays |= {"rows": order, "num_params": len(weights), "evaluated": EVALUATED}
     arrays |= {"settings": json.dumps(dataclasses.asdict(config))}
     arrays = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     np.savez(path, **arrays)

@@ -101,11 +101,12 @@ class Training:
             [data[f"param_{i}"] for i in range(data["num_params"])],
             nn.LeakyReLU(0.01),
         )
-        names = ("train", "held_out", "test")
+        names = ("train", "validation", "held_out", "test")
         self.splits = {
             name: [torch.from_numpy(data[f"{name}_{part}"]) for part in ("x", "y")]
             for name in names
         }
+        self.evaluated = int(data["evaluated"])
         self.first_rows = torch.from_numpy(data["rows"]).long()
         self.gradients = WAYS[way]
         self.optimizer = torch.optim.Adam(
@@ -156,6 +157,8 @@ class Training:
         result = {"loss": float(np.mean(losses)), "kept_fraction": float(np.mean(kept))}
         with torch.no_grad():
             for name, (x, y) in self.splits.items():
+                if name == "train":
+                    x, y = x[:, : self.evaluated], y[:, : self.evaluated]
                 right = (self.model(x)[..., 0] > 0) == (y > 0.5)
                 result[f"{name}_accuracy"] = float(right.float().mean())
         return result

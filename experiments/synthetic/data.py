@@ -20,6 +20,7 @@ MECHANISM_DIMS = 2
 MIN_RADIUS = 0.08
 RADIUS_NOISE = 0.02
 TEST_EXAMPLES = 2000
+VALIDATION_EXAMPLES = 128
 HELD_OUT_ENVS = 128
 HELD_OUT_EXAMPLES = 16
 
@@ -36,14 +37,16 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """The three splits.
+    """The four splits.
 
-    `train` is [env, example], `held_out` [env, example] with other environments,
-    `test` [example] with a fresh shortcut for every example. Recipes are chosen on
-    `held_out`, so that `test` is never tuned on.
+    `train` is [env, example], `validation` [env, example] with other examples of the
+    same environments, `held_out` [env, example] with other environments, `test`
+    [example] with a fresh shortcut for every example. Recipes are chosen on
+    `validation` or `held_out`, so that `test` is never tuned on.
     """
 
     train: Split
+    validation: Split
     held_out: Split
     test: Split
 
@@ -60,30 +63,34 @@ def make_dataset(
     revolutions: float = 3.0,
 ) -> Dataset:
     """Draws the dataset; the same key and arguments give the same one."""
-    # As (environments, examples in each); in the test set each has one of its own.
+    held_out_envs, test_envs = num_envs, num_envs + HELD_OUT_ENVS
+    # As (first environment, environments, examples in each); a test example's is its
+    # own.
     sizes = (
-        (num_envs, examples_per_env),
-        (HELD_OUT_ENVS, HELD_OUT_EXAMPLES),
-        (TEST_EXAMPLES, 1),
+        (0, num_envs, examples_per_env),
+        (held_out_envs, HELD_OUT_ENVS, HELD_OUT_EXAMPLES),
+        (test_envs, TEST_EXAMPLES, 1),
+        (0, num_envs, VALIDATION_EXAMPLES),
     )
     spiral_key, shortcut_key = jax.random.split(key)
     # All splits in one draw: a draw for each takes three times as long to compile.
-    num_examples = sum(envs * examples for envs, examples in sizes)
+    num_examples = sum(envs * examples for _, envs, examples in sizes)
     mechanism = spirals(spiral_key, (num_examples,), revolutions)
-    shape = (sum(envs for envs, _ in sizes), 1, shortcut_dims)
+    shape = (test_envs + TEST_EXAMPLES, 1, shortcut_dims)
     shortcuts = shortcut_std * jax.random.normal(shortcut_key, shape)
 
-    splits, first_env, first_example = [], 0, 0
-    for envs, examples in sizes:
+    splits, first_example = [], 0
+    for first_env, envs, examples in sizes:
         rows = slice(first_example, first_example + envs * examples)
         part = Split(
             mechanism.features[rows].reshape(envs, examples, MECHANISM_DIMS),
             mechanism.labels[rows].reshape(envs, examples),
         )
         splits.append(add_shortcuts(part, shortcuts[first_env : first_env + envs]))
-        first_env, first_example = first_env + envs, rows.stop
-    train, held_out, test = splits
-    return Dataset(train, held_out, Split(test.features[:, 0], test.labels[:, 0]))
+        first_example = rows.stop
+    train, held_out, test, validation = splits
+    test = Split(test.features[:, 0], test.labels[:, 0])
+    return Dataset(train, validation, held_out, test)
 
 
 def spirals(key: jax.Array, shape: tuple[int, ...], revolutions: float) -> Split:

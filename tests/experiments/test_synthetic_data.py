@@ -7,6 +7,7 @@ from experiments.synthetic.data import (
     MIN_RADIUS,
     RADIUS_NOISE,
     TEST_EXAMPLES,
+    Dataset,
     add_shortcuts,
     make_dataset,
     spiral_std,
@@ -30,6 +31,8 @@ def shortcuts_of(split):
 def test_make_dataset_has_the_documented_shapes(dataset):
     assert dataset.train.features.shape == (ENVS, EXAMPLES, 2 + DIMS)
     assert dataset.train.labels.shape == (ENVS, EXAMPLES)
+    assert dataset.validation.features.shape == (ENVS, 128, 2 + DIMS)
+    assert dataset.validation.labels.shape == (ENVS, 128)
     assert dataset.held_out.features.shape == (128, 16, 2 + DIMS)
     assert dataset.held_out.labels.shape == (128, 16)
     assert dataset.test.features.shape == (2000, 2 + DIMS)
@@ -37,7 +40,7 @@ def test_make_dataset_has_the_documented_shapes(dataset):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(dataset))
 
 
-@pytest.mark.parametrize("name", ["train", "held_out", "test"])
+@pytest.mark.parametrize("name", Dataset._fields)
 def test_make_dataset_labels_are_binary_and_balanced(dataset, name):
     labels = np.asarray(getattr(dataset, name).labels)
     assert set(np.unique(labels)) == {0.0, 1.0}
@@ -107,8 +110,9 @@ def test_make_dataset_splits_share_no_shortcut(dataset):
         {tuple(row) for row in shortcuts_of(split).reshape(-1, DIMS)}
         for split in dataset
     ]
-    train, held_out, test = seen
+    train, validation, held_out, test = seen
     assert [len(train), len(held_out), len(test)] == [ENVS, 128, TEST_EXAMPLES]
+    assert validation == train
     assert train.isdisjoint(held_out)
     assert train.isdisjoint(test)
     assert held_out.isdisjoint(test)
@@ -135,7 +139,7 @@ def test_make_dataset_same_key_gives_the_same_data(dataset):
 
 def test_make_dataset_shortcut_std_scales_the_shortcuts_only(dataset):
     weak = make_dataset(jax.random.key(0), ENVS, EXAMPLES, DIMS, shortcut_std=0.1)
-    for name in ("train", "held_out", "test"):
+    for name in Dataset._fields:
         strong, scaled = getattr(dataset, name), getattr(weak, name)
         np.testing.assert_array_equal(
             strong.features[..., :2], scaled.features[..., :2]
