@@ -1,5 +1,6 @@
 """Checks of arguments and shapes, raised at construction or while tracing."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,14 @@ def at_least(name: str, value: Any, minimum: float, *, strict: bool = False) -> 
         return
     if not (number > minimum if strict else number >= minimum):
         raise ValueError(f"{name} must be {bound}, got {number}")
+
+
+def finite_at_least(name: str, value: Any, minimum: float) -> None:
+    """Raises unless a (possibly traced) scalar is finite and >= `minimum`."""
+    scalar(name, value, rule=f"that is finite and >= {minimum:g}")
+    number = concrete_value(value)
+    if number is not None and not minimum <= number < math.inf:
+        raise ValueError(f"{name} must be finite and >= {minimum:g}, got {number}")
 
 
 def names(what: str, values: Any, allowed: Sequence[str]) -> tuple[str, ...]:

@@ -23,8 +23,15 @@ FILES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
-PUBLIC = [getattr(hardvary, name) for name in hardvary.__all__]
-public_names = pytest.mark.parametrize("name", hardvary.__all__)
+MODULES = {"": hardvary, "objectives.": hardvary.objectives}
+# By the name under which the package has them.
+PUBLIC = {
+    prefix + name: getattr(module, name)
+    for prefix, module in MODULES.items()
+    for name in module.__all__
+    if not inspect.ismodule(getattr(module, name))
+}
+public_names = pytest.mark.parametrize("name", PUBLIC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,7 @@ def blocks(path):
 
 @public_names
 def test_docstring_of_a_public_name_is_complete(name):
-    thing = getattr(hardvary, name)
+    thing = PUBLIC[name]
     doc = inspect.getdoc(thing)
     assert doc
     if not inspect.isfunction(thing):
@@ -68,7 +75,7 @@ def test_docstring_of_a_public_name_is_complete(name):
 
 @public_names
 def test_docstring_names_every_argument(name):
-    thing = getattr(hardvary, name)
+    thing = PUBLIC[name]
     doc = inspect.getdoc(thing)
     if inspect.isfunction(thing):
         names = inspect.signature(thing).parameters
@@ -82,7 +89,7 @@ def test_docstring_names_every_argument(name):
 
 @public_names
 def test_api_page_has_the_signature_of_every_public_name(name):
-    thing = getattr(hardvary, name)
+    thing = PUBLIC[name]
     parameters = inspect.signature(thing).parameters.values()
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     page = (ROOT / "docs" / "api.md").read_text().splitlines()
@@ -91,12 +98,20 @@ def test_api_page_has_the_signature_of_every_public_name(name):
 
 def test_all_is_sorted_and_lists_what_the_package_exports():
     assert sorted(hardvary.__all__) == hardvary.__all__
-    exported = {
-        name
-        for name, value in vars(hardvary).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
+    exported = {name for name in vars(hardvary) if not name.startswith("_")}
     assert exported == set(hardvary.__all__)
+
+
+def test_all_of_a_public_module_is_sorted_and_lists_what_it_defines():
+    module = hardvary.objectives
+    assert sorted(module.__all__) == module.__all__
+    defined = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", None) == module.__name__
+    }
+    assert defined == set(module.__all__)
 
 
 def test_import_needs_jax_optax_and_numpy_alone():
