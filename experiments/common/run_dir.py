@@ -99,7 +99,8 @@ class RunDir:
         self._lock: int | None = _lock(self.path)
         try:
             self._enter(experiment, config, overwrite, outputs, parts)
-            self._begin_session(seed, command)
+            self._seed, self._command = seed, command
+            self._begin_session()
         except BaseException:
             self.close()
             raise
@@ -163,7 +164,7 @@ class RunDir:
                 write_json(directory / CONFIG, identity)
         _clear(self.path, outputs)
 
-    def _begin_session(self, seed: int | None, command: str | None) -> None:
+    def _begin_session(self) -> None:
         self._started = time.monotonic()
         self._manifest = self.manifest()
         self._wall_time = float(self._manifest.get("wall_time_s", 0.0))
@@ -186,8 +187,8 @@ class RunDir:
             )
         self._manifest = {
             **environment,
-            "seed": seed,
-            "command": command,
+            "seed": self._seed,
+            "command": self._command,
             "sessions": before.get("sessions", 0) + 1,
         }
         if earlier:
@@ -255,14 +256,24 @@ class RunDir:
 
     def save_figure(self, name: str, figure: Figure) -> None:
         """Writes a Matplotlib figure as PNG."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        atomic_write(self.path / name, buffer.getvalue())
+        save_png(self.path / name, figure)
+
+    def reopen(self) -> None:
+        """Takes the summary away, so that a finished run may go on."""
+        (self.path / SUMMARY).unlink(missing_ok=True)
+        self._begin_session()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary; after this the run counts as finished."""
         self.save_manifest()
         write_json(self.path / SUMMARY, dict(summary))
+
+
+def save_png(path: Path, figure: Figure) -> None:
+    """Writes a Matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(path, buffer.getvalue())
 
 
 def _clear(path: Path, outputs: Sequence[str]) -> None:
@@ -339,15 +350,18 @@ def _describe_conflict(path: Path, held: dict[str, Any], asked: dict[str, Any]) 
             f"{path} holds a run of {held['experiment']}, not of "
             f"{asked['experiment']}: {mend}; nothing was changed"
         )
-    old, new = held["config"], asked["config"]
-    lines = [
-        f"  {name}: {_show(old, name)} there, {_show(new, name)} asked for"
-        for name in sorted(old.keys() | new.keys())
-        if name not in old or name not in new or old[name] != new[name]
-    ]
     return (
         f"{path} holds another config: {mend}, or replace it with --overwrite\n"
-        + "\n".join(lines)
+        + describe_differences(held["config"], asked["config"])
+    )
+
+
+def describe_differences(held: dict[str, Any], asked: dict[str, Any]) -> str:
+    """One line for each setting that is not the same in both."""
+    return "\n".join(
+        f"  {name}: {_show(held, name)} there, {_show(asked, name)} asked for"
+        for name in sorted(held.keys() | asked.keys())
+        if name not in held or name not in asked or held[name] != asked[name]
     )
 
 
