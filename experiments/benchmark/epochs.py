@@ -89,7 +89,7 @@ def jax_contestant(config: TrainConfig, oracle: Oracle) -> Epoch:
         nonlocal state, index
         start = time.perf_counter()
         state, metrics = jax.block_until_ready(
-            trainer.epoch(state, dataset, keys.batches, index)
+            trainer.epoch(state, dataset, keys, index)
         )
         seconds = time.perf_counter() - start
         index += 1
@@ -120,6 +120,8 @@ def require_torch_can(config: TrainConfig) -> None:
         "schedule": ("step", "constant"),
         "l1": (0.0,),
         "weight_decay": (0.0,),
+        "batch_norm": (False,),
+        "dropout": (0.0,),
     }
     for field, values in implemented.items():
         value = getattr(config, field)
@@ -133,8 +135,10 @@ def require_torch_can(config: TrainConfig) -> None:
 def write_training(config: TrainConfig, path: Path) -> None:
     """Writes data, initial weights and the first epoch's batches for PyTorch."""
     keys, dataset = make_keys(config.seed), dataset_for(config, config.seed)
-    params = make_trainer(config).init(keys).params
-    layers = [params["layers"][index] for index in range(config.hidden_layers + 1)]
+    params = make_trainer(config).init(keys).variables.params
+    layers = [
+        params["mlp"]["layers"][index] for index in range(config.hidden_layers + 1)
+    ]
     weights = [layer[part][...] for layer in layers for part in ("kernel", "bias")]
     order = epoch_order(jax.random.fold_in(keys.batches, 0), config)
     arrays: dict[str, Any] = {

@@ -101,7 +101,8 @@ def _cnn(sizes: Sizes) -> Workload:
 
 def _tabular_mlp(sizes: Sizes) -> Workload:
     inputs, width, layers = 18, sizes.scaled(256), 3
-    apply = synthetic.make_apply(inputs, width, layers)
+    architecture = synthetic.Architecture(inputs, width, layers)
+    apply = synthetic.make_apply(architecture)
 
     def loss_fn(params: Params, batch: Batch) -> jax.Array:
         features, labels = batch
@@ -111,8 +112,8 @@ def _tabular_mlp(sizes: Sizes) -> Workload:
     rows = (sizes.scaled(16, 2), sizes.scaled(128))
     features = jax.random.normal(jax.random.key(1), (*rows, inputs))
     labels = jax.random.bernoulli(jax.random.key(2), shape=rows).astype(jnp.float32)
-    params = synthetic.init_params(jax.random.key(0), inputs, width, layers)
-    return Workload(loss_fn, params, (features, labels))
+    variables = synthetic.init_variables(jax.random.key(0), architecture)
+    return Workload(loss_fn, variables, (features, labels))
 
 
 def _fast_resnet(sizes: Sizes) -> Workload:

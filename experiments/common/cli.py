@@ -1,18 +1,21 @@
 """Command lines from dataclasses: subcommands, presets, overrides, exit codes.
 
 An experiment's `__main__.py` lists its subcommands as `Command`s and hands them to
-`main`. The fields of a command's config become flags, their docstrings the help;
-`--preset` picks the values that the other flags then override.
+`main`; a `Group` is a subcommand with subcommands of its own. The fields of a command's
+config become flags, their docstrings the help; `--preset` picks the values, which
+`--settings` and then the other flags override.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import tyro
@@ -30,6 +33,9 @@ class RunOptions:
     preset: Preset = DEFAULT_PRESET
     """Settings that other flags override: smoke for tests, cpu for two cores, paper
     for the paper's size with this project's recipe."""
+    settings: str | None = None
+    """JSON file with settings that other flags override, or FILE:KEY for a part of it,
+    such as selected.json:held_out of a search."""
     out: Path | None = None
     """Run directory; without it a readable name under runs/."""
     overwrite: bool = False
@@ -88,6 +94,14 @@ class Command(Generic[Config, Options]):
     run: Callable[[Invocation[Config, Options]], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Subcommands behind one more word, and the line that the help has for them."""
+
+    help: str
+    commands: Mapping[str, Command[Any, Any]]
+
+
 def announce(run: RunDir) -> None:
     """Says which directory a command works in, and whether anything is left to do."""
     state = "finished; --overwrite runs it again" if run.finished else "running"
@@ -95,7 +109,9 @@ def announce(run: RunDir) -> None:
 
 
 def main(
-    prog: str, commands: Mapping[str, Command[Any, Any]], argv: Sequence[str]
+    prog: str,
+    commands: Mapping[str, Command[Any, Any] | Group],
+    argv: Sequence[str],
 ) -> int:
     """Runs one of `commands` and returns the process's exit code.
 
@@ -107,9 +123,19 @@ def main(
       commands: subcommands by name.
       argv: the arguments after `prog`.
     """
+    named = commands.get(argv[0]) if argv else None
+    if isinstance(named, Group):
+        return main(f"{prog} {argv[0]}", named.commands, argv[1:] or ["--help"])
     preset = _find_preset(argv)
+    try:
+        settings = _find_settings(argv, named, preset)
+    except ValueError as error:
+        return _fail(str(error))
     command, draft, draft_options = tyro.extras.subcommand_cli_from_dict(
-        {name: _parser(command, preset) for name, command in commands.items()},
+        {
+            name: _parser(command, preset, settings if command is named else {})
+            for name, command in commands.items()
+        },
         prog=prog,
         args=list(argv),
         config=(tyro.conf.OmitArgPrefixes,),
@@ -154,9 +180,65 @@ def _find_preset(argv: Sequence[str]) -> Preset:
     return preset
 
 
-def _parser(command: Command[Any, Any], preset: Preset) -> Callable[..., Any]:
+def _find_settings(
+    argv: Sequence[str], command: Command[Any, Any] | None, preset: Preset
+) -> dict[str, Any]:
+    """What the file holds that `argv` names, if it does."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument("--settings")
+    try:
+        source = parser.parse_known_args(argv)[0].settings
+    except argparse.ArgumentError:  # without a value, which tyro says
+        return {}
+    if source is None or command is None:
+        return {}
+    return load_settings(source, command.configs[preset])
+
+
+def load_settings(source: str, config: Any) -> dict[str, Any]:
+    """Values for some of the fields of `config`, from a JSON file.
+
+    Args:
+      source: the file, or FILE:KEY for the object under that key.
+      config: dataclass that the settings are for.
+
+    Raises:
+      ValueError: there is no such file, key or field.
+    """
+    path, _, key = source.partition(":")
+    try:
+        settings: Any = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"settings {path!r} cannot be read: {error}") from None
+    if key:
+        if not isinstance(settings, dict) or key not in settings:
+            raise ValueError(f"settings {path!r} has no {key!r}")
+        settings = settings[key]
+    known = {field.name for field in dataclasses.fields(config)}
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings {source!r} must be a JSON object, got {settings!r}")
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(
+            f"settings {source!r} has {', '.join(unknown)}, which this command does "
+            "not know; FILE:KEY picks a part of the file"
+        )
+    return settings
+
+
+def _parser(
+    command: Command[Any, Any] | Group, preset: Preset, settings: Mapping[str, Any]
+) -> Callable[..., Any]:
     """A function from whose signature tyro makes the subcommand's flags."""
-    config = _unchecked(command.configs[preset])
+    if isinstance(command, Group):
+
+        def listed() -> None:
+            """Only for the list of subcommands: `main` has taken groups out before."""
+
+        listed.__doc__ = command.help
+        return listed
+    config = _unchecked(command.configs[preset], settings)
     options = _unchecked(command.options(preset=preset))
 
     def parse(config: Any, run: Any) -> Any:
@@ -168,8 +250,10 @@ def _parser(command: Command[Any, Any], preset: Preset) -> Callable[..., Any]:
     return parse
 
 
-def _unchecked(instance: Any) -> Any:
-    """`instance` as a subclass that any values can be put into.
+def _unchecked(
+    instance: Any, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """`instance` with other settings, as a subclass that takes any values.
 
     tyro would report a ValueError from a constructor under a name of its own; the
     values are validated once it is done.
@@ -181,4 +265,4 @@ def _unchecked(instance: Any) -> Any:
         "__module__": cls.__module__,
     }
     draft: Any = dataclasses.dataclass(frozen=True)(type(cls.__name__, (cls,), body))
-    return draft(**vars(instance))
+    return draft(**{**vars(instance), **settings})

@@ -23,13 +23,23 @@ PINK = "#CC79A7"
 
 METHOD_COLORS = {
     "erm": VERMILION,
+    "irm": PINK,
+    "vrex": "#8C6D31",
+    "group_dro": "0.55",
+    "dann": ORANGE,
     "and_mask": BLUE,
     "geometric_mean": GREEN,
+    "sand_mask": SKY_BLUE,
 }
 METHOD_LABELS = {
     "erm": "Averaging (ERM)",
+    "irm": "IRM",
+    "vrex": "V-REx",
+    "group_dro": "Group DRO",
+    "dann": "DANN",
     "and_mask": "AND-mask",
     "geometric_mean": "Geometric mean",
+    "sand_mask": "SAND-mask",
 }
 
 STYLE: dict[Any, Any] = {

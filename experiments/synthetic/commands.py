@@ -1,34 +1,58 @@
-"""The subcommands: train, compare, rerun."""
+"""The subcommands: train, compare, rerun, search, figure."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from experiments.common.cli import Invocation, RunOptions, announce
+from experiments.common.cli import (
+    Invocation,
+    Preset,
+    RunOptions,
+    announce,
+    load_settings,
+)
+from experiments.common.files import write_json
+from experiments.common.pool import run_jobs
 from experiments.common.run_dir import METRICS as METRICS_FILE
-from experiments.common.run_dir import RunDir, RunDirError
+from experiments.common.run_dir import RunDir, RunDirError, save_png
 from experiments.synthetic.config import (
+    PRESETS,
+    RULES,
     CompareConfig,
+    CorrelationsConfig,
+    EnvsConfig,
+    FigureOptions,
+    Method,
     RerunConfig,
-    RerunOptions,
+    SearchConfig,
+    SearchOptions,
+    SelectedConfig,
     TrainConfig,
+    WorkerOptions,
 )
 from experiments.synthetic.data import Dataset
-from experiments.synthetic.figures import Trained, draw, draw_seeds
+from experiments.synthetic.figures import (
+    Trained,
+    draw,
+    draw_accuracies,
+    draw_correlations,
+    draw_curves,
+    draw_envs,
+    draw_seeds,
+)
 from experiments.synthetic.training import METRICS, dataset_for
 from experiments.synthetic.training import train as train_to_the_end
+
+if TYPE_CHECKING:
+    from experiments.common.search import Search
 
 EXPERIMENT = "synthetic"
 TRAIN = f"{EXPERIMENT} train"
@@ -37,6 +61,16 @@ COMPARE_FIGURE = "compare.png"
 COMPARE_TABLE = "compare.csv"
 SEEDS_TABLE = "seeds.csv"
 SEEDS_FIGURE = "seeds.png"
+TRIALS_TABLE = "trials.csv"
+SELECTED = "selected.json"
+SELECTED_COLUMNS = ("method", "seed", *METRICS)
+ENVS_COLUMNS = ("method", "num_envs", "threshold", "seed", "epochs", *METRICS)
+DRAWINGS: dict[str, Callable[[Sequence[Mapping[str, Any]]], Figure]] = {
+    "figure6": draw_accuracies,
+    "figure7": draw_correlations,
+    "figure14": draw_curves,
+    "figure15": draw_envs,
+}
 SOLVED = 0.98  # of the o.o.d. test set
 
 
@@ -78,7 +112,7 @@ def compare(call: Invocation[CompareConfig, RunOptions]) -> None:
 
 def _compare(run: RunDir, config: CompareConfig, command: str) -> None:
     dataset = dataset_for(config, config.seed)
-    trained: dict[str, Trained] = {}
+    trained: dict[Method, Trained] = {}
     results = []
     for method in config.methods:
         method_config = config.train_config(method)
@@ -96,7 +130,7 @@ def _compare(run: RunDir, config: CompareConfig, command: str) -> None:
     run.finish({"seed": config.seed, "results": results})
 
 
-def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
+def rerun(call: Invocation[RerunConfig, WorkerOptions]) -> None:
     """One method on many seeds: every seed's result, and how many solve the task."""
     config, options = call.config, call.options
     first, last = config.seeds
@@ -120,7 +154,7 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
             outcomes = _run_jobs(jobs, options.workers)
             results = [outcome.result for outcome in outcomes]
             run.write_metrics(results, SEEDS_TABLE)
-            curves = [outcome.test_accuracy for outcome in outcomes]
+            curves = [outcome.curve("test_accuracy") for outcome in outcomes]
             run.save_figure(SEEDS_FIGURE, draw_seeds(config.method, curves, SOLVED))
             run.finish({"method": config.method, **summarize_seeds(results)})
         for name, value in run.summary().items():
@@ -133,98 +167,35 @@ Job = tuple[Path, TrainConfig, str]
 
 
 class Outcome(NamedTuple):
-    """What one seed came to: its summary, and o.o.d. test accuracy by epoch."""
+    """What one run came to: its summary, and its metrics by epoch."""
 
     result: dict[str, Any]
-    test_accuracy: list[float]
+    history: list[dict[str, float]]
+
+    def curve(self, name: str) -> list[float]:
+        """A metric by epoch."""
+        return [row[name] for row in self.history]
 
 
-def _run_jobs(jobs: Sequence[Job], workers: int) -> list[Outcome]:
-    """Outcomes of all jobs, by seed."""
-    outcomes: list[Outcome] = []
-    with tqdm(total=len(jobs), unit="seed", smoothing=0) as bar:
-        for outcome in _outcomes_as_they_come(jobs, min(workers, len(jobs))):
-            outcomes.append(outcome)
-            final = [outcome.result["test_accuracy"] for outcome in outcomes]
+def _run_jobs(jobs: Sequence[Job], workers: int, unit: str = "seed") -> list[Outcome]:
+    """Outcomes of all jobs, in their order."""
+    numbered = [(index, *job) for index, job in enumerate(jobs)]
+    outcomes: dict[int, Outcome] = {}
+    with tqdm(total=len(jobs), unit=unit, smoothing=0) as bar:
+        for index, outcome in run_jobs(_train_numbered, numbered, workers):
+            outcomes[index] = outcome
+            final = [o.result["test_accuracy"] for o in outcomes.values()]
             solved = sum(accuracy >= SOLVED for accuracy in final)
             shown = {"solved": f"{solved}/{len(final)}", "worst": f"{min(final):.1%}"}
             bar.set_postfix(shown, refresh=False)
             bar.update()
-    return sorted(outcomes, key=lambda outcome: outcome.result["seed"])
+    return [outcomes[index] for index in range(len(jobs))]
 
 
-def _outcomes_as_they_come(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
-    waiting = iter(jobs)
-    running: set[Future[Outcome]] = set()
-    spawn = multiprocessing.get_context("spawn")
-    with _workers_ended(), ProcessPoolExecutor(workers, spawn, _begin_worker) as pool:
-        while True:
-            # No more than the workers can take: after Ctrl-C none is left in a queue.
-            for job in itertools.islice(waiting, workers - len(running)):
-                with _interrupts_held():
-                    running.add(pool.submit(_run_job, *job))
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-
-
-@contextlib.contextmanager
-def _workers_ended() -> Iterator[None]:
-    """Ends workers that are left: a second Ctrl-C interrupts the pool's own shutdown.
-
-    Killing them is safe at any moment, and waiting for them could take forever.
-    """
-    try:
-        yield
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-
-
-# Ctrl-C reaches every process of the terminal. Within a job it means what it means in
-# `train`. Between jobs it would kill the worker with a traceback: there it is noted,
-# and ends a job that the worker had already been given.
-_interrupted = threading.Event()
-
-
-def _note_interrupt(signum: int, frame: FrameType | None) -> None:
-    _interrupted.set()
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Delays Ctrl-C, also in processes started here, until they take it themselves."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, _note_interrupt)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends a worker whose parent was killed, so that it frees its directory."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _run_job(path: Path, config: TrainConfig, command: str) -> Outcome:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        if _interrupted.is_set():
-            raise KeyboardInterrupt
-        return _train_seed(path, config, command)
-    finally:
-        signal.signal(signal.SIGINT, _note_interrupt)
+def _train_numbered(
+    index: int, path: Path, config: TrainConfig, command: str
+) -> tuple[int, Outcome]:
+    return index, _train_seed(path, config, command)
 
 
 def _train_seed(path: Path, config: TrainConfig, command: str) -> Outcome:
@@ -237,7 +208,283 @@ def _train_seed(path: Path, config: TrainConfig, command: str) -> Outcome:
                 f"{run.path / METRICS_FILE} is missing or damaged: remove {run.path} "
                 "and start again, which trains this seed anew"
             )
-        return Outcome(_result(run), [row["test_accuracy"] for row in rows])
+        return Outcome(_result(run), rows)
+
+
+def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
+    """Searches settings; says which trial each rule of selection chooses."""
+    from experiments.common import search as studies
+    from experiments.synthetic import search as trials
+
+    config, options = call.config, call.options
+    name = f"search-{config.method}-{options.preset}-seed{config.seed}"
+    path = call.run_path(EXPERIMENT, name, ("method", "seed"))
+    # More trials continue a finished search, so their number is no part of a run's
+    # identity; the study keeps the rest of the plan anyway.
+    with RunDir(
+        path,
+        f"{EXPERIMENT} search",
+        dataclasses.replace(config, trials=1),
+        seed=config.seed,
+        command=call.command,
+        overwrite=options.overwrite,
+        outputs=(TRIALS_TABLE, SELECTED, studies.JOURNAL),
+    ) as run:
+        study = trials.study_of(config, run.path, options.storage)
+        done = run.summary()["trials"] if run.finished else 0
+        if done < config.trials:
+            run.reopen()
+        announce(run)
+        if not run.finished:
+            _search(run, study, trials.Objective(config), options.workers)
+            rows = studies.table(studies.open_study(study))
+            run.write_metrics(rows, TRIALS_TABLE)
+            chosen = trials.chosen_settings(config, rows)
+            write_json(run.path / SELECTED, chosen)
+            run.finish(_summarize_search(config.method, rows))
+        print(format_search(run.summary()))
+        print(f"Every trial: {run.path / TRIALS_TABLE}")
+        print(f"Chosen settings: {run.path / SELECTED}")
+
+
+def _search(run: RunDir, study: Search, objective: Any, workers: int) -> None:
+    from experiments.common import search as studies
+
+    alone = study.storage is None  # the run directory is locked, and the journal in it
+    missing = study.trials - len(studies.table(studies.open_study(study)))
+    best = 0.0
+    with tqdm(total=study.trials, initial=study.trials - missing, unit="trial") as bar:
+        for row in studies.run(study, objective, workers, alone=alone):
+            best = max(best, row["value"] or 0.0)
+            bar.set_postfix({"best of these": f"{best:.1%}"}, refresh=False)
+            bar.update()
+            run.save_manifest()
+
+
+def _summarize_search(
+    method: Method, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    from experiments.synthetic.search import select
+
+    return {
+        "method": method,
+        "trials": len(rows),
+        "pruned": sum(row["state"] == "PRUNED" for row in rows),
+        "memorised": sum(row["stopped"] == "memorised" for row in rows),
+        "diverged": sum(row["stopped"] == "diverged" for row in rows),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "chosen": {rule: dict(select(rows, rule)) for rule in RULES},
+    }
+
+
+def format_search(summary: Mapping[str, Any]) -> str:
+    """What each rule chooses, as text."""
+    lines = [
+        "{trials} trials of {method}: {memorised} memorised, {diverged} diverged, "
+        "{pruned} pruned".format(**summary),
+        f"{'rule':<10}{'trial':>7}{'train':>8}{'valid.':>8}{'held out':>10}{'test':>8}",
+    ]
+    for rule, row in summary["chosen"].items():
+        names = ("train", "validation", "held_out", "test")
+        train, *others = (f"{row[f'{name}_accuracy']:.1%}" for name in names)
+        validation, held_out, test = others
+        lines.append(
+            f"{rule:<10}{row['number']:>7}{train:>8}{validation:>8}{held_out:>10}{test:>8}"
+        )
+    return "\n".join(lines)
+
+
+def selected_figure(
+    call: Invocation[SelectedConfig, FigureOptions], number: Literal[6, 14]
+) -> None:
+    """Figures 6 and 14, which show the same runs: accuracies, learning curves."""
+    if call.options.results is not None:
+        _redraw(call.options, (f"figure{number}",))
+        return
+    config, options = call.config, call.options
+    name = f"selected-{options.preset}"
+    path = call.run_path(EXPERIMENT, name)
+    with _figure_dir(path, "selected", call, ("figure6", "figure14")) as run:
+        announce(run)
+        if not run.finished:
+            jobs = []
+            for method in config.methods:
+                settings = selected_settings(config, method, options.preset)
+                jobs += [
+                    (
+                        run.path / method / f"seed{seed}",
+                        TrainConfig(**settings, seed=seed),
+                        call.command,
+                    )
+                    for seed in config.seeds_of(method)
+                ]
+            outcomes = _run_jobs(jobs, options.workers)
+            results = [outcome.result for outcome in outcomes]
+            _finish_figures(
+                run,
+                {
+                    "figure6": _columns(results, SELECTED_COLUMNS),
+                    "figure14": learning_curves(outcomes),
+                },
+                {
+                    method: summarize_seeds(
+                        [r for r in results if r["method"] == method]
+                    )
+                    for method in config.methods
+                },
+            )
+        print(format_accuracies(run.summary()))
+        print(f"Figure: {run.path / f'figure{number}.png'}")
+
+
+def selected_settings(
+    config: SelectedConfig, method: Method, preset: Preset
+) -> dict[str, Any]:
+    """What a search chose for a method, on top of a preset."""
+    settings: dict[str, Any] = {**PRESETS[preset], "method": method}
+    if config.selected is None:
+        if method == "sand_mask":
+            settings["threshold"] = 0.8
+        return settings
+    source = f"{Path(config.selected) / method}.json:{config.rule}"
+    try:
+        return settings | load_settings(source, TrainConfig())
+    except ValueError as error:
+        raise RunDirError(f"{error}: make it with the search subcommand") from None
+
+
+def learning_curves(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Lowest, mean and highest accuracy over seeds, by method and epoch."""
+    rows = []
+    for method in dict.fromkeys(outcome.result["method"] for outcome in outcomes):
+        runs = [o.history for o in outcomes if o.result["method"] == method]
+        for epoch in zip(*runs, strict=True):
+            row = {"method": method, "epoch": int(epoch[0]["epoch"])}
+            for name in ("train", "test"):
+                values = [seed[f"{name}_accuracy"] for seed in epoch]
+                row |= {
+                    f"{name}_lowest": min(values),
+                    f"{name}_mean": sum(values) / len(values),
+                    f"{name}_highest": max(values),
+                }
+            rows.append(row)
+    return rows
+
+
+def envs_figure(call: Invocation[EnvsConfig, FigureOptions]) -> None:
+    """Figure 15: accuracy against the number of training environments."""
+    if call.options.results is not None:
+        _redraw(call.options, ("figure15",))
+        return
+    config, options = call.config, call.options
+    path = call.run_path(EXPERIMENT, f"envs-{options.preset}")
+    with _figure_dir(path, "envs", call, ("figure15",)) as run:
+        announce(run)
+        if not run.finished:
+            jobs = []
+            for c in config.train_configs():
+                name = (
+                    f"{c.method}-envs{c.num_envs}-threshold{c.threshold}-seed{c.seed}"
+                )
+                jobs.append((run.path / name, c, call.command))
+            outcomes = _run_jobs(jobs, options.workers, unit="run")
+            rows = [
+                {"num_envs": c.num_envs, "threshold": c.threshold, **outcome.result}
+                for (_, c, _), outcome in zip(jobs, outcomes, strict=True)
+            ]
+            _finish_figures(run, {"figure15": _columns(rows, ENVS_COLUMNS)}, {})
+        print(f"Figure: {run.path / 'figure15.png'}")
+
+
+def correlations_figure(call: Invocation[CorrelationsConfig, FigureOptions]) -> None:
+    """Figure 7: what masks leave of gradients at random weights."""
+    from experiments.synthetic.correlations import correlation_rows
+
+    if call.options.results is not None:
+        _redraw(call.options, ("figure7",))
+        return
+    path = call.run_path(EXPERIMENT, f"correlations-{call.options.preset}")
+    with _figure_dir(path, "correlations", call, ("figure7",)) as run:
+        announce(run)
+        if not run.finished:
+            config = call.config
+            first, last = config.seeds
+            rows = correlation_rows(
+                config, range(first, last + 1), logit_scale=config.logit_scale
+            )
+            _finish_figures(run, {"figure7": rows}, {"seeds": last + 1 - first})
+        print(f"Figure: {run.path / 'figure7.png'}")
+
+
+def _columns(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in names} for row in rows]
+
+
+def _figure_dir(
+    path: Path, name: str, call: Invocation[Any, FigureOptions], figures: Sequence[str]
+) -> RunDir:
+    return RunDir(
+        path,
+        f"{EXPERIMENT} {name}",
+        call.config,
+        command=call.command,
+        overwrite=call.options.overwrite,
+        outputs=[f"{figure}{end}" for figure in figures for end in (".csv", ".png")],
+        parts=TRAIN,
+    )
+
+
+def _finish_figures(
+    run: RunDir,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    summary: Mapping[str, Any],
+) -> None:
+    """Writes each figure's CSV and draws it from there, as --from does."""
+    for name, rows in tables.items():
+        run.write_metrics(rows, f"{name}.csv")
+        run.save_figure(
+            f"{name}.png", DRAWINGS[name](read_table(run.path / f"{name}.csv"))
+        )
+    run.finish(summary)
+
+
+def _redraw(options: FigureOptions, names: Sequence[str]) -> None:
+    """Draws figures from the CSV of an earlier run, beside it or in --out."""
+    assert options.results is not None
+    out = options.out or options.results
+    for name in names:
+        source = options.results / f"{name}.csv"
+        figure = DRAWINGS[name](read_table(source))
+        out.mkdir(parents=True, exist_ok=True)
+        save_png(out / f"{name}.png", figure)
+        print(f"Figure: {out / f'{name}.png'}")
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV; what reads as a number is one.
+
+    Raises:
+      RunDirError: there is no such file, or it has no rows.
+    """
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text()))
+    except FileNotFoundError:
+        raise RunDirError(
+            f"{path} is not there: name the directory of a finished figure with --from"
+        ) from None
+    rows = [{name: value(text) for name, text in row.items()} for row in reader]
+    if not rows:
+        raise RunDirError(f"{path} has no rows: make the figure again without --from")
+    return rows
 
 
 def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -290,6 +537,17 @@ def _train(
 
 def _result(run: RunDir) -> dict[str, Any]:
     return {**run.summary(), "seconds": run.wall_time}
+
+
+def format_accuracies(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """O.o.d. test accuracy of every method, as text."""
+    lines = [f"{'method':<16}{'seeds':>6}{'mean':>8}{'worst':>8}{'solved':>8}"]
+    lines += [
+        f"{method:<16}{values['seeds']:>6}{values['mean_test_accuracy']:>8.1%}"
+        f"{values['min_test_accuracy']:>8.1%}{values['solved']:>8}"
+        for method, values in summary.items()
+    ]
+    return "\n".join(lines)
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
 
 from experiments.common.cli import Preset, RunOptions
 from experiments.common.validation import require, require_choice
 
-Method = Literal["erm", "and_mask", "geometric_mean"]
+Method = Literal[
+    "erm",
+    "irm",
+    "vrex",
+    "group_dro",
+    "dann",
+    "and_mask",
+    "geometric_mean",
+    "sand_mask",
+]
 METHODS: tuple[Method, ...] = get_args(Method)
+# These turn the gradients of environments into one; the others are losses of their own.
+AGGREGATORS: tuple[Method, ...] = ("and_mask", "geometric_mean", "sand_mask")
+
+
+# What settings are chosen by: other examples of the training environments, other
+# environments, or the test set.
+Rule = Literal["training", "held_out", "oracle"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +50,11 @@ class Settings:
     hidden_units: int = 256
     """Width of the MLP's hidden layers."""
     hidden_layers: int = 3
-    """Number of the MLP's hidden layers."""
+    """Number of the MLP's hidden layers; dann has three."""
+    batch_norm: bool = False
+    """Normalise before each LeakyReLU, with the statistics of all environments."""
+    dropout: float = 0.0
+    """Share of hidden units that are left out of a step."""
     epochs: int = 300
     """Passes over the training data."""
     batch_size: int = 128
@@ -48,11 +72,21 @@ class Settings:
     eps: float = 1e-15
     """Added to Adam's denominator."""
     threshold: float = 1.0
-    """Agreement needed to pass: 0 (all pass) to 1 (unanimity). erm always uses 0."""
+    """Agreement needed to pass a mask: 0 (all pass) to 1 (unanimity)."""
     rescale: bool = False
     """Scale what passes by (components of the layer) / (those that passed)."""
     max_rescale: float | None = None
     """Upper limit of that factor; only with rescale."""
+    sharpness: float = 10.0
+    """sand_mask: steepness of the mask."""
+    penalty_weight: float = 100.0
+    """irm and vrex: weight of the penalty against the mean loss."""
+    penalty_annealing: int = 4
+    """irm and vrex: first epochs, in which that weight is at most 1."""
+    reversal_scale: float = 1.0
+    """dann: scale of the reversed gradient from the domain discriminator."""
+    dro_step_size: float = 0.01
+    """group_dro: how fast the weights of environments follow their losses."""
     l2: float = 1e-7
     """L2 decay added to the aggregated gradient, before the optimizer's moments."""
     l1: float = 0.0
@@ -82,13 +116,23 @@ class Settings:
         ):
             value = getattr(self, field)
             require(field, value, value >= 1, "at least 1")
-        for field in ("revolutions", "learning_rate"):
+        for field in ("revolutions", "learning_rate", "sharpness"):
             value = getattr(self, field)
             require(field, value, 0 < value < math.inf, "positive and finite")
-        for field in ("shortcut_std", "eps", "l2", "l1", "weight_decay"):
+        for field in (
+            "shortcut_std",
+            "eps",
+            "l2",
+            "l1",
+            "weight_decay",
+            "penalty_weight",
+            "penalty_annealing",
+            "reversal_scale",
+            "dro_step_size",
+        ):
             value = getattr(self, field)
             require(field, value, 0 <= value < math.inf, "non-negative and finite")
-        for field in ("b1", "b2"):
+        for field in ("b1", "b2", "dropout"):
             value = getattr(self, field)
             require(field, value, 0 <= value < 1, "in [0, 1)")
         require("threshold", self.threshold, 0 <= self.threshold <= 1, "in [0, 1]")
@@ -96,6 +140,11 @@ class Settings:
         require("max_rescale", cap, cap is None or cap >= 1, "at least 1, or None")
         if cap is not None and not self.rescale:
             raise ValueError(f"max_rescale needs rescale=True, got {cap!r} without it")
+        if self.batch_norm and self.oracle == "scan":
+            raise ValueError(
+                "batch_norm needs all environments at once: use oracle=fused or vmap, "
+                "got scan"
+            )
         require_choice("optimizer", self.optimizer, ("adam", "sgd"))
         require_choice("schedule", self.schedule, ("step", "cosine", "constant"))
         require_choice("oracle", self.oracle, ("fused", "scan", "vmap"))
@@ -123,13 +172,15 @@ class TrainConfig(Settings):
     """One method, one seed."""
 
     method: Method = "and_mask"
-    """erm averages gradients; the others mask, then average or take geometric means."""
+    """erm averages the losses; irm, vrex, group_dro and dann change the objective;
+    and_mask, geometric_mean and sand_mask aggregate the environments' gradients."""
     seed: int = 0
     """Seed of the data, the initial weights and the order of examples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("method", self.method, METHODS)
+        _require_mask_opens(self.method, self.threshold)
         _require_seed("seed", self.seed)
 
 
@@ -144,10 +195,9 @@ class CompareConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_methods("methods", self.methods)
         for method in self.methods:
-            require_choice("methods", method, METHODS)
-        distinct = len(set(self.methods)) == len(self.methods) > 0
-        require("methods", self.methods, distinct, "one or more different methods")
+            _require_mask_opens(method, self.threshold)
         _require_seed("seed", self.seed)
 
     def train_config(self, method: Method) -> TrainConfig:
@@ -167,10 +217,8 @@ class RerunConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("method", self.method, METHODS)
-        first, last = self.seeds
-        _require_seed("seeds", first)
-        _require_seed("seeds", last)
-        require("seeds", self.seeds, first <= last, "in ascending order")
+        _require_mask_opens(self.method, self.threshold)
+        _require_seeds(self.seeds)
 
     def train_configs(self) -> list[TrainConfig]:
         """The config of every seed's run."""
@@ -182,14 +230,204 @@ class RerunConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class RerunOptions(RunOptions):
+class SearchConfig(Settings):
+    """Settings that a search draws, and the ones that stay as they are."""
+
+    method: Method = "and_mask"
+    """The method, as for train."""
+    space: Literal["paper", "wide", "small", "smoke"] = "small"
+    """Ranges: paper (tables 1 and 2), wide (and those of this project's recipe), small
+    (smaller networks), smoke."""
+    trials: int = 24
+    """Finished trials; pruned and hopeless ones count."""
+    sampler: Literal["tpe", "random"] = "random"
+    """random, whose trials serve every rule; tpe, guided by the rule."""
+    pruner: Literal["none", "median", "hyperband"] = "none"
+    """What ends trials that fall behind the others, from half of the epochs on."""
+    hopeless: Literal["held_out", "test", "never"] = "held_out"
+    """A trial ends at a training accuracy above 97 % with one below 60 % on these
+    environments. The paper looks at the test set."""
+    rule: Rule = "held_out"
+    """What tpe and the pruners look at: training (other examples of the training
+    environments), held_out (other environments), oracle (the test set). What each of
+    the three chooses is reported anyway."""
+    seed: int = 1000
+    """Seed of data, initial weights and the order of examples, in all trials."""
+    search_seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("method", self.method, METHODS)
+        require_choice("rule", self.rule, RULES)
+        require("trials", self.trials, self.trials >= 1, "at least 1")
+        _require_seed("seed", self.seed)
+        _require_seed("search_seed", self.search_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectedConfig:
+    """Several methods with chosen settings, on seeds that nothing was chosen on."""
+
+    methods: tuple[Method, ...] = METHODS
+    """The methods, in the order of the figure."""
+    selected: str | None = "docs/results/synthetic/selected"
+    """Directory with METHOD.json, the selected.json of each method's search; None: all
+    methods with the preset's settings."""
+    rule: Rule = "held_out"
+    """Which rule's choice."""
+    seeds: tuple[int, int] = (0, 9)
+    """First and last seed, both included."""
+    many: tuple[Method, ...] = ("irm", "and_mask")
+    """Methods with more seeds (the paper's are these two)."""
+    many_seeds: tuple[int, int] = (0, 49)
+    """First and last seed of those."""
+
+    def __post_init__(self) -> None:
+        _require_methods("methods", self.methods)
+        for method in self.many:
+            require_choice("many", method, METHODS)
+        require_choice("rule", self.rule, RULES)
+        _require_seeds(self.seeds)
+        _require_seeds(self.many_seeds)
+
+    def seeds_of(self, method: Method) -> range:
+        """The seeds of a method."""
+        first, last = self.many_seeds if method in self.many else self.seeds
+        return range(first, last + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvsConfig(Settings):
+    """Methods against the number of training environments, at equal cost."""
+
+    methods: tuple[Method, ...] = ("erm", "and_mask")
+    """The methods."""
+    envs: tuple[int, ...] = tuple(2**k for k in range(1, 11))
+    """Numbers of training environments."""
+    thresholds: tuple[float, ...] = (1.0, 0.8)
+    """Thresholds that masks are trained with; the best on held-out environments
+    counts."""
+    steps: int = 2400
+    """Optimizer steps of every run, rounded up to whole epochs."""
+    examples_per_step: int = 2048
+    """Examples of all environments in a step, at least one of each."""
+    seeds: tuple[int, int] = (0, 4)
+    """First and last seed, both included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_methods("methods", self.methods)
+        distinct = len(set(self.envs)) == len(self.envs) > 0
+        require("envs", self.envs, distinct, "one or more different numbers")
+        most = min(self.examples_per_step, 2**20)
+        for field, value in (("envs", n) for n in self.envs):
+            require(field, value, 1 <= value <= most, f"between 1 and {most}")
+        for threshold in self.thresholds:
+            require("thresholds", threshold, 0 <= threshold <= 1, "in [0, 1]")
+            for method in self.methods:
+                _require_mask_opens(method, threshold)
+        some = len(self.thresholds) > 0
+        require("thresholds", self.thresholds, some, "at least one")
+        require("steps", self.steps, self.steps >= 1, "at least 1")
+        _require_seeds(self.seeds)
+
+    def train_configs(self) -> list[TrainConfig]:
+        """The config of every run, the cheap ones first."""
+        first, last = self.seeds
+        return [
+            self._train_config(method, num_envs, threshold, seed)
+            for num_envs in self.envs
+            for seed in range(first, last + 1)
+            for method in self.methods
+            for threshold in self._thresholds(method)
+        ]
+
+    def _thresholds(self, method: Method) -> tuple[float, ...]:
+        if method in AGGREGATORS:
+            return self.thresholds
+        return (self.threshold,)
+
+    def _train_config(
+        self, method: Method, num_envs: int, threshold: float, seed: int
+    ) -> TrainConfig:
+        settings = shared_settings(self)
+        batch_size = min(self.examples_per_step // num_envs, self.examples_per_env)
+        steps_per_epoch = self.examples_per_env // batch_size
+        settings |= {
+            "num_envs": num_envs,
+            "batch_size": batch_size,
+            "epochs": math.ceil(self.steps / steps_per_epoch),
+            "threshold": threshold,
+        }
+        return TrainConfig(**settings, method=method, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrelationsConfig(Settings):
+    """Gradients at random initial weights, and what masks leave of them."""
+
+    revolutions: float = 1.0
+    """Turns of each spiral: an untrained network hardly sees more of them."""
+    logit_scale: float = 0.01
+    """What the logits are multiplied with; 1 leaves the network as initialised."""
+    seeds: tuple[int, int] = (0, 9)
+    """First and last seed of network and data, both included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale = self.logit_scale
+        require("logit_scale", scale, 0 < scale < math.inf, "positive and finite")
+        _require_seeds(self.seeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerOptions(RunOptions):
     """Where to write, and with how many processes."""
 
     workers: int = 1
-    """Seeds trained at the same time, each in a process of its own."""
+    """Runs at the same time, each in a process of its own."""
 
     def __post_init__(self) -> None:
         require("workers", self.workers, self.workers >= 1, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions(WorkerOptions):
+    """Where to write, with how many processes, and where the trials are kept."""
+
+    storage: str | None = None
+    """Database URL or journal file that several commands share, each with an --out of
+    its own; without it a journal in the run directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureOptions(WorkerOptions):
+    """Where to write, with how many processes, and what is there already."""
+
+    results: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Directory with the CSV of an earlier run: draws the figure again, and trains
+    nothing."""
+
+
+def _require_methods(field: str, methods: tuple[Method, ...]) -> None:
+    for method in methods:
+        require_choice(field, method, METHODS)
+    distinct = len(set(methods)) == len(methods) > 0
+    require(field, methods, distinct, "one or more different methods")
+
+
+def _require_mask_opens(method: Method, threshold: float) -> None:
+    if method == "sand_mask":
+        rule = "below 1 for sand_mask, whose mask is 0 at an agreement of the threshold"
+        require("threshold", threshold, threshold < 1, rule)
+
+
+def _require_seeds(seeds: tuple[int, int]) -> None:
+    first, last = seeds
+    _require_seed("seeds", first)
+    _require_seed("seeds", last)
+    require("seeds", seeds, first <= last, "in ascending order")
 
 
 def _require_seed(field: str, seed: int) -> None:
@@ -224,4 +462,39 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "epochs": 280,
         "threshold": 0.8,
     },
+}
+
+# A search on two cores: half the examples (so half the steps in each of twice the
+# epochs) and smaller networks.
+SEARCH_PRESETS: dict[Preset, SearchConfig] = {
+    "smoke": SearchConfig(**PRESETS["smoke"], space="smoke", trials=3),
+    "cpu": SearchConfig(examples_per_env=512, epochs=600),
+    "paper": SearchConfig(
+        **{**PRESETS["paper"], "epochs": 3000 // 32},
+        space="paper",
+        trials=100,
+        hopeless="test",
+    ),
+}
+SELECTED_PRESETS: dict[Preset, SelectedConfig] = {
+    "smoke": SelectedConfig(selected=None, seeds=(0, 1), many=()),
+    "cpu": SelectedConfig(),
+    "paper": SelectedConfig(),
+}
+ENVS_PRESETS: dict[Preset, EnvsConfig] = {
+    "smoke": EnvsConfig(
+        **PRESETS["smoke"],
+        envs=(2, 4),
+        steps=8,
+        examples_per_step=64,
+        seeds=(0, 1),
+    ),
+    "cpu": EnvsConfig(),
+    "paper": EnvsConfig(
+        **PRESETS["paper"],
+        envs=tuple(2**k for k in range(1, 13)),
+        steps=2800,
+        examples_per_step=4096,
+        thresholds=(1.0, 0.8, 0.6, 0.4, 0.2),
+    ),
 }

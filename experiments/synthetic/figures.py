@@ -1,10 +1,11 @@
-"""The figure of the synthetic experiment: learning curves and decision regions."""
+"""The figures of the synthetic experiment."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.common.plots import (
+    BLUE,
     METHOD_COLORS,
     METHOD_LABELS,
     ORANGE,
     SKY_BLUE,
+    VERMILION,
     percent_axis,
     use_style,
 )
-from experiments.synthetic.config import Settings
+from experiments.synthetic.config import (
+    Method,
+    Settings,
+    TrainConfig,
+    shared_settings,
+)
+from experiments.synthetic.correlations import Signal
 from experiments.synthetic.data import MECHANISM_DIMS, Dataset
-from experiments.synthetic.model import Apply, Params
+from experiments.synthetic.model import Apply, Variables
 from experiments.synthetic.training import apply_for
 
 REGION_COLORS = LinearSegmentedColormap.from_list(
@@ -44,14 +53,19 @@ _SIDE = 4.5
 _GAP = 0.25
 
 
+Row = Mapping[str, Any]
+
+
 class Trained(NamedTuple):
     """What the figure shows of one method."""
 
-    params: Params
+    variables: Variables
     history: Sequence[Mapping[str, float]]
 
 
-def draw(config: Settings, dataset: Dataset, results: Mapping[str, Trained]) -> Figure:
+def draw(
+    config: Settings, dataset: Dataset, results: Mapping[Method, Trained]
+) -> Figure:
     """Learning curves on the left, each method's decision regions beside them."""
     use_style()
     width = _REGIONS_LEFT + len(results) * (_SIDE + _GAP)
@@ -118,7 +132,239 @@ def draw_seeds(method: str, curves: Sequence[Sequence[float]], solved: float) ->
     return figure
 
 
-def _draw_accuracy(axes: Axes, results: Mapping[str, Trained]) -> None:
+def draw_correlations(rows: Sequence[Row]) -> Figure:
+    """What the masked gradient resembles, against the threshold.
+
+    The AND-mask on the right; the XOR-mask on the left, at its threshold less 1, so
+    that the two meet at 0, where nearly everything passes both. Rows with nothing to
+    correlate are left out.
+    """
+    use_style()
+    figure = Figure(figsize=(10, 7.2), layout="constrained")
+    axes = figure.add_subplot()
+    signals: dict[Signal, tuple[str, str]] = {
+        "mechanism_correlation": (
+            BLUE,
+            "data whose shortcuts were shuffled (the mechanism's signal)",
+        ),
+        "shortcut_correlation": (
+            VERMILION,
+            "data whose spirals were shuffled (the shortcuts' signal)",
+        ),
+    }
+    for column, (color, _) in signals.items():
+        for mask, shift in (("xor", -1), ("and", 0)):
+            points = np.array(
+                [(r["threshold"] + shift, r[column]) for r in rows if r["mask"] == mask]
+            )
+            _draw_points_and_fit(axes, points[np.isfinite(points[:, 1])], color)
+    axes.axvline(0, color="0.45", lw=1)
+    for x, title in (
+        (-0.5, "XOR-mask keeps components\nwith an agreement below 1 + x"),
+        (0.5, "AND-mask keeps components\nwith an agreement of x or more"),
+    ):
+        axes.annotate(
+            title,
+            (x, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+        )
+    axes.set(
+        xlim=(-1.05, 1.05),
+        xlabel="x: threshold of the AND-mask, that of the XOR-mask less 1",
+        ylabel="Correlation of the masked gradient",
+    )
+    colors = [
+        Line2D([], [], color=color, lw=3, label=f"with the gradient on {data}")
+        for color, data in signals.values()
+    ]
+    figure.legend(handles=colors, loc="outside lower center")
+    marks = [
+        Line2D([], [], ls="", marker="o", color="0.3", ms=4, label="one network"),
+        Line2D([], [], ls="", marker="o", color="0.3", ms=8, label="their mean"),
+        Line2D([], [], ls="--", color="0.3", lw=1.5, label="linear fit"),
+    ]
+    axes.legend(handles=marks, loc="best")
+    return figure
+
+
+def _draw_points_and_fit(axes: Axes, points: np.ndarray, color: str) -> None:
+    """Points [point, 2], their mean at each abscissa, and a straight line."""
+    if not len(points):
+        return
+    x, y = points.T
+    axes.plot(x, y, "o", color=color, ms=4, alpha=0.25, mec="none")
+    places = np.unique(x)
+    means = [y[x == place].mean() for place in places]
+    axes.plot(places, means, "o", color=color, ms=8, mec="white")
+    if len(places) > 1:
+        line = np.polynomial.Polynomial.fit(x, y, 1)
+        axes.plot(places, line(places), "--", color=color, lw=1.5)
+
+
+def draw_accuracies(rows: Sequence[Row]) -> Figure:
+    """Training and test accuracy of every method, a dot for each seed (figure 6).
+
+    Args:
+      rows: `method`, `seed`, `train_accuracy` and `test_accuracy` after training.
+    """
+    use_style()
+    methods = _methods(rows)
+    figure = Figure(figsize=(1.5 + 1.35 * len(methods), 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, method in enumerate(methods):
+        for offset, name, alpha in (
+            (-0.2, "train_accuracy", 0.3),
+            (0.2, "test_accuracy", 1.0),
+        ):
+            values = np.array([row[name] for row in rows if row["method"] == method])
+            x, color = index + offset, METHOD_COLORS[method]
+            axes.bar(x, values.mean(), 0.38, color=color, alpha=alpha)
+            spread = np.linspace(-0.13, 0.13, len(values)) if len(values) > 1 else 0
+            axes.scatter(x + spread, values, s=9, color="0.15", alpha=0.6, zorder=3)
+            axes.annotate(
+                f"{values.mean():.0%}",
+                (x, values.max()),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=11,
+            )
+    axes.axhline(0.5, color="0.3", lw=1, ls="--")
+    axes.annotate(
+        "chance",
+        (1, 0.5),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=11,
+        color="0.3",
+    )
+    seeds = {m: sum(row["method"] == m for row in rows) for m in methods}
+    axes.set_xticks(
+        range(len(methods)),
+        [
+            f"{METHOD_LABELS[m].replace(' ', chr(10))}\n{seeds[m]} seeds"
+            for m in methods
+        ],
+        fontsize=12,
+    )
+    axes.set(ylim=(0, 1.1), ylabel="Accuracy", yticks=np.linspace(0, 1, 6))
+    axes.grid(False, axis="x")
+    percent_axis(axes)
+    axes.set_title("Training (pale) and o.o.d. test accuracy (full), after training")
+    return figure
+
+
+def draw_curves(rows: Sequence[Row]) -> Figure:
+    """Accuracies by epoch, a panel for each method (figure 14).
+
+    Args:
+      rows: `method`, `epoch`, and the lowest, mean and highest `train` and `test`
+        accuracy over seeds.
+    """
+    use_style()
+    methods = _methods(rows)
+    columns = min(4, len(methods))
+    lines = math.ceil(len(methods) / columns)
+    figure = Figure(figsize=(3.6 * columns, 3.1 * lines + 0.5), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes in panels.flat[len(methods) :]:
+        axes.set_axis_off()
+    for method, axes in zip(methods, panels.flat, strict=False):
+        own = [row for row in rows if row["method"] == method]
+        epochs = [row["epoch"] for row in own]
+        for name, color, label in (
+            ("train", "0.45", "training"),
+            ("test", METHOD_COLORS[method], "o.o.d. test"),
+        ):
+            low, mean, high = (
+                [row[f"{name}_{part}"] for row in own]
+                for part in ("lowest", "mean", "highest")
+            )
+            axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
+            axes.plot(epochs, mean, color=color, lw=1.8, label=label)
+        axes.axhline(0.5, color="0.3", lw=1, ls="--", zorder=1)
+        axes.set_title(METHOD_LABELS[method], fontsize=14)
+        axes.set(ylim=(0.35, 1.03), xlabel="Epoch")
+        axes.legend(loc="lower right", fontsize=10)
+        percent_axis(axes)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("Accuracy")
+    figure.suptitle("Mean over seeds; shaded from the lowest to the highest seed")
+    return figure
+
+
+def draw_envs(rows: Sequence[Row]) -> Figure:
+    """O.o.d. test accuracy against the number of environments (figure 15).
+
+    Of a seed's runs with several thresholds, the one with the best accuracy on
+    held-out environments counts.
+
+    Args:
+      rows: `method`, `num_envs`, `threshold`, `seed`, `held_out_accuracy` and
+        `test_accuracy` after training.
+    """
+    use_style()
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for method in _methods(rows):
+        best: dict[tuple[float, float], Row] = {}
+        for row in rows:
+            key = row["num_envs"], row["seed"]
+            if row["method"] == method and (
+                key not in best
+                or row["held_out_accuracy"] > best[key]["held_out_accuracy"]
+            ):
+                best[key] = row
+        color = METHOD_COLORS[method]
+        sizes = sorted({num_envs for num_envs, _ in best})
+        chosen = [
+            max(
+                (row for (n, _), row in best.items() if n == num_envs),
+                key=lambda row: row["held_out_accuracy"],
+            )
+            for num_envs in sizes
+        ]
+        axes.scatter(
+            [num_envs for num_envs, _ in best],
+            [row["test_accuracy"] for row in best.values()],
+            s=28,
+            color=color,
+            alpha=0.4,
+            lw=0,
+        )
+        axes.plot(
+            sizes,
+            [row["test_accuracy"] for row in chosen],
+            color=color,
+            marker="o",
+            label=METHOD_LABELS[method],
+        )
+    axes.axhline(0.5, color="0.3", lw=1, ls="--")
+    ticks = sorted({row["num_envs"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set(
+        ylim=(0.4, 1.03),
+        xlabel="Training environments (same number of steps and of examples per step)",
+        ylabel="O.o.d. test accuracy",
+    )
+    axes.set_title("Dots: every seed; lines: the best one on held-out environments")
+    axes.legend(loc="center left")
+    percent_axis(axes)
+    return figure
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    """The methods, in the order in which they come."""
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
+def _draw_accuracy(axes: Axes, results: Mapping[Method, Trained]) -> None:
     for method, trained in results.items():
         epochs = _column(trained, "epoch")
         color = METHOD_COLORS[method]
@@ -149,7 +395,7 @@ def _draw_accuracy(axes: Axes, results: Mapping[str, Trained]) -> None:
     axes.legend(handles=handles, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0))
 
 
-def _draw_kept(axes: Axes, results: Mapping[str, Trained]) -> None:
+def _draw_kept(axes: Axes, results: Mapping[Method, Trained]) -> None:
     for method, trained in results.items():
         kept = _column(trained, "kept_fraction")
         kept = np.where(kept > 0, kept, np.nan)  # nothing to show on a log axis
@@ -159,13 +405,13 @@ def _draw_kept(axes: Axes, results: Mapping[str, Trained]) -> None:
 
 
 def _draw_regions(
-    axes: Axes, config: Settings, dataset: Dataset, method: str, trained: Trained
+    axes: Axes, config: Settings, dataset: Dataset, method: Method, trained: Trained
 ) -> None:
     key = jax.random.key(0)
     shape = (SHORTCUTS, config.shortcut_dims)
     shortcuts = config.shortcut_std * jax.random.normal(key, shape)
-    apply = apply_for(config)
-    probability = region_probability(apply, trained.params, shortcuts)
+    apply = apply_for(TrainConfig(**shared_settings(config), method=method))
+    probability = region_probability(apply, trained.variables, shortcuts)
     axes.contourf(
         grid_ticks(),
         grid_ticks(),
@@ -175,7 +421,7 @@ def _draw_regions(
         antialiased=False,  # or the borders between levels would shine through
     )
     features, labels = jax.tree.map(lambda leaf: leaf[:SHOWN_EXAMPLES], dataset.test)
-    logits = _logits(apply, trained.params, features)
+    logits = _logits(apply, trained.variables, features)
     wrong = np.asarray((logits > 0) != (labels > 0.5))
     points = np.asarray(features[:, :MECHANISM_DIMS])
     for label, color in enumerate(CLASS_COLORS):
@@ -213,30 +459,30 @@ def grid_ticks(grid: int = GRID) -> np.ndarray:
 
 
 def region_probability(
-    apply: Apply, params: Params, shortcuts: jax.Array, grid: int = GRID
+    apply: Apply, variables: Variables, shortcuts: jax.Array, grid: int = GRID
 ) -> np.ndarray:
     """Probability of class 1, averaged over shortcut vectors.
 
     Args:
       apply: the model's forward function.
-      params: its parameters.
+      variables: the network.
       shortcuts: the vectors [count, shortcut_dims] to average over.
       grid: points per side of the square that the spirals lie in.
 
     Returns:
       float32 [grid, grid], rows from the lowest second coordinate up.
     """
-    return np.asarray(_region_probability(apply, grid, params, shortcuts))
+    return np.asarray(_region_probability(apply, grid, variables, shortcuts))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(apply: Apply, params: Params, features: jax.Array) -> jax.Array:
-    return apply(params, features)
+def _logits(apply: Apply, variables: Variables, features: jax.Array) -> jax.Array:
+    return apply(variables, features)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _region_probability(
-    apply: Apply, grid: int, params: Params, shortcuts: jax.Array
+    apply: Apply, grid: int, variables: Variables, shortcuts: jax.Array
 ) -> jax.Array:
     y, x = jnp.meshgrid(grid_ticks(grid), grid_ticks(grid), indexing="ij")
     points = jnp.stack([x, y], axis=-1).reshape(-1, MECHANISM_DIMS)
@@ -244,7 +490,7 @@ def _region_probability(
     def probability(shortcut: jax.Array) -> jax.Array:
         repeated = jnp.broadcast_to(shortcut, (len(points), len(shortcut)))
         features = jnp.concatenate([points, repeated], axis=-1)
-        return jax.nn.sigmoid(apply(params, features))
+        return jax.nn.sigmoid(apply(variables, features))
 
     return jax.lax.map(probability, shortcuts).mean(axis=0).reshape(grid, grid)
 

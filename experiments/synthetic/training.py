@@ -14,9 +14,19 @@ import optax
 import hardvary
 from experiments.common.run_dir import RunDir
 from experiments.common.training import run_epochs
-from experiments.synthetic.config import Settings, TrainConfig
+from experiments.synthetic.config import AGGREGATORS, Settings, TrainConfig
 from experiments.synthetic.data import MECHANISM_DIMS, Dataset, Split, make_dataset
-from experiments.synthetic.model import Apply, Params, init_params, make_apply
+from experiments.synthetic.model import (
+    ENV_AXIS,
+    Apply,
+    Architecture,
+    BatchStats,
+    Params,
+    Variables,
+    init_variables,
+    make_apply,
+    make_train_apply,
+)
 
 METRICS = (
     "loss",
@@ -42,10 +52,30 @@ EVALUATED = 128
 
 
 class State(NamedTuple):
-    """What training carries from step to step."""
+    """What training carries from step to step.
 
-    params: Params
+    `env_weights` [env] are group DRO's, and stay uniform in the other methods.
+    """
+
+    variables: Variables
     opt_state: optax.OptState
+    env_weights: jax.Array
+
+
+class EnvBatch(NamedTuple):
+    """One step's examples; every leaf is [env, ...]."""
+
+    features: jax.Array
+    labels: jax.Array
+    env: jax.Array
+    dropout_key: jax.Array
+
+
+class Aux(NamedTuple):
+    """What a loss reports beside the objective."""
+
+    cross_entropy: jax.Array
+    batch_stats: BatchStats
 
 
 class Keys(NamedTuple):
@@ -54,23 +84,24 @@ class Keys(NamedTuple):
     data: jax.Array
     model: jax.Array
     batches: jax.Array
+    dropout: jax.Array
 
 
 class Trainer(NamedTuple):
     """The compiled functions of one setting; seeds share them.
 
-    `init(keys)` gives the initial state and `epoch(state, dataset, key, index)`
+    `init(keys)` gives the initial state and `epoch(state, dataset, keys, index)`
     the state after one more epoch and its metrics.
     """
 
     init: Callable[[Keys], State]
-    epoch: Callable[[State, Dataset, jax.Array, int], tuple[State, dict[str, Any]]]
+    epoch: Callable[[State, Dataset, Keys, int], tuple[State, dict[str, Any]]]
 
 
 def make_keys(seed: int) -> Keys:
-    """Independent keys for the data, the initial weights and the batches."""
+    """Independent keys for data, initial weights, batches and dropout."""
     key = jax.random.key(seed)
-    return Keys(*(jax.random.fold_in(key, purpose) for purpose in range(3)))
+    return Keys(*(jax.random.fold_in(key, purpose) for purpose in range(4)))
 
 
 def dataset_for(config: Settings, seed: int) -> Dataset:
@@ -85,10 +116,21 @@ def dataset_for(config: Settings, seed: int) -> Dataset:
     )
 
 
-def apply_for(config: Settings) -> Apply:
-    """The pure forward function of a config's model."""
-    inputs = MECHANISM_DIMS + config.shortcut_dims
-    return make_apply(inputs, config.hidden_units, config.hidden_layers)
+def architecture_for(config: TrainConfig) -> Architecture:
+    """The network of a config."""
+    return Architecture(
+        MECHANISM_DIMS + config.shortcut_dims,
+        config.hidden_units,
+        config.hidden_layers,
+        config.batch_norm,
+        config.dropout,
+        config.num_envs if config.method == "dann" else None,
+    )
+
+
+def apply_for(config: TrainConfig) -> Apply:
+    """The pure forward function of a config's network, as in evaluation."""
+    return make_apply(architecture_for(config))
 
 
 def make_schedule(config: Settings) -> optax.Schedule:
@@ -103,10 +145,14 @@ def make_schedule(config: Settings) -> optax.Schedule:
 
 
 def make_aggregator(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """The step from per-environment gradients to one; all that methods differ in."""
-    if config.method == "erm":
-        # Nothing is masked at threshold 0: this is the mean of the gradients.
-        return hardvary.and_mask(threshold=0.0)
+    """The step from per-environment gradients to one."""
+    if config.method == "sand_mask":
+        return hardvary.sand_mask(
+            config.threshold,
+            config.sharpness,
+            rescale=config.rescale,
+            max_rescale=config.max_rescale,
+        )
     aggregators = {
         "and_mask": hardvary.and_mask,
         "geometric_mean": hardvary.geometric_mean,
@@ -119,8 +165,10 @@ def make_aggregator(config: TrainConfig) -> optax.GradientTransformationExtraArg
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """Aggregator, then decay, moments and learning rate."""
-    parts = [make_aggregator(config)]
+    """Aggregator if any, then decay, moments and learning rate."""
+    parts: list[optax.GradientTransformation] = []
+    if config.method in AGGREGATORS:
+        parts.append(make_aggregator(config))
     if config.l2:
         parts.append(optax.add_decayed_weights(config.l2))
     if config.l1:
@@ -135,6 +183,113 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
     return optax.chain(*parts)
 
 
+# (state, batch, penalty weight) to what the optimizer gets, the losses' reports with a
+# leading axis [env], and the new weights of the environments.
+Gradients = Callable[[State, EnvBatch, jax.Array], tuple[Any, Aux, jax.Array]]
+
+
+def make_env_loss(config: TrainConfig) -> Callable[..., tuple[jax.Array, Aux]]:
+    """The objective of one environment: `(params, batch, *, batch_stats,
+    penalty_weight)` to a scalar and what it reports.
+    """
+    apply = make_train_apply(architecture_for(config))
+
+    def env_loss(
+        params: Params,
+        batch: EnvBatch,
+        *,
+        batch_stats: BatchStats,
+        penalty_weight: jax.Array,
+    ) -> tuple[jax.Array, Aux]:
+        outputs, batch_stats = apply(
+            Variables(params, batch_stats),
+            batch.features,
+            batch.dropout_key,
+            config.reversal_scale,
+        )
+        logits = outputs.logits
+        loss = optax.sigmoid_binary_cross_entropy(logits, batch.labels).mean()
+        objective = loss
+        if config.method == "irm":
+            penalty = hardvary.objectives.irm_penalty(logits, batch.labels)
+            objective = _penalized(loss, penalty, penalty_weight)
+        if outputs.domain_logits is not None:
+            objective = loss + domain_loss(outputs.domain_logits, batch.env)
+        return objective, Aux(loss, batch_stats)
+
+    return env_loss
+
+
+def domain_loss(domain_logits: jax.Array, env: jax.Array) -> jax.Array:
+    """Mean cross-entropy of telling the environment `env` from [..., env] logits."""
+    return -jax.nn.log_softmax(domain_logits)[..., env].mean()
+
+
+def _penalized(
+    loss: jax.Array, penalty: jax.Array, penalty_weight: jax.Array
+) -> jax.Array:
+    # Scaled so that the gradient stays in range whatever the weight, as the authors of
+    # IRM and V-REx do.
+    return (loss + penalty_weight * penalty) / jnp.maximum(penalty_weight, 1.0)
+
+
+def make_gradients(config: TrainConfig) -> Gradients:
+    """The gradient of a step: of each environment for aggregators, else of the sum."""
+    env_loss = make_env_loss(config)
+    if config.method in AGGREGATORS:
+        extra = {"geometric_mean": ("log_abs",), "sand_mask": ("square",)}
+        oracle = hardvary.value_and_grad_stats(
+            env_loss,
+            stats=("mean", "sign", *extra.get(config.method, ())),
+            method=config.oracle,
+            microbatch_size=config.microbatch_size if config.oracle == "scan" else None,
+            has_aux=True,
+            env_axis_name=ENV_AXIS if config.batch_norm else None,
+        )
+
+        def aggregated(
+            state: State, batch: EnvBatch, penalty_weight: jax.Array
+        ) -> tuple[Any, Aux, jax.Array]:
+            (_, aux), stats = oracle(
+                state.variables.params,
+                batch,
+                batch_stats=state.variables.batch_stats,
+                penalty_weight=penalty_weight,
+            )
+            return stats, aux, state.env_weights
+
+        return aggregated
+
+    def objective(
+        params: Params, state: State, batch: EnvBatch, penalty_weight: jax.Array
+    ) -> tuple[jax.Array, tuple[Aux, jax.Array]]:
+        loss_fn = functools.partial(
+            env_loss,
+            batch_stats=state.variables.batch_stats,
+            penalty_weight=penalty_weight,
+        )
+        losses, aux = jax.vmap(loss_fn, (None, 0), axis_name=ENV_AXIS)(params, batch)
+        weights, total = state.env_weights, losses.mean()
+        if config.method == "vrex":
+            penalty = hardvary.objectives.vrex_penalty(losses)
+            total = _penalized(total, penalty, penalty_weight)
+        if config.method == "group_dro":
+            step = config.dro_step_size * jax.lax.stop_gradient(losses)
+            weights = jax.nn.softmax(jnp.log(weights) + step)
+            total = weights @ losses
+        return total, (aux, weights)
+
+    def plain(
+        state: State, batch: EnvBatch, penalty_weight: jax.Array
+    ) -> tuple[Any, Aux, jax.Array]:
+        grads, (aux, weights) = jax.grad(objective, has_aux=True)(
+            state.variables.params, state, batch, penalty_weight
+        )
+        return grads, aux, weights
+
+    return plain
+
+
 def make_trainer(config: TrainConfig) -> Trainer:
     """The functions that train `config`, compiled once for all seeds."""
     return _make_trainer(dataclasses.replace(config, seed=0, checkpoint_every=1))
@@ -145,54 +300,60 @@ def _make_trainer(config: TrainConfig) -> Trainer:
     apply = apply_for(config)
     optimizer = make_optimizer(config)
     schedule = make_schedule(config)
-    inputs = MECHANISM_DIMS + config.shortcut_dims
+    gradients = make_gradients(config)
+    envs = jnp.arange(config.num_envs)
 
-    def loss_fn(params: Params, batch: Split) -> jax.Array:
-        logits = apply(params, batch.features)
-        return optax.sigmoid_binary_cross_entropy(logits, batch.labels).mean()
-
-    log_abs = ("log_abs",) if config.method == "geometric_mean" else ()
-    gradients = hardvary.value_and_grad_stats(
-        loss_fn,
-        stats=("mean", "sign", *log_abs),
-        method=config.oracle,
-        microbatch_size=config.microbatch_size if config.oracle == "scan" else None,
-    )
-
-    def evaluate(params: Params, split: Split) -> tuple[jax.Array, jax.Array]:
+    def evaluate(variables: Variables, split: Split) -> tuple[jax.Array, jax.Array]:
         """Accuracy and mean loss."""
-        logits = apply(params, split.features)
+        logits = apply(variables, split.features)
         losses = optax.sigmoid_binary_cross_entropy(logits, split.labels)
         return jnp.mean((logits > 0) == (split.labels > 0.5)), losses.mean()
 
     @jax.jit
     def init(keys: Keys) -> State:
-        params = init_params(
-            keys.model, inputs, config.hidden_units, config.hidden_layers
-        )
-        return State(params, optimizer.init(params))
+        variables = init_variables(keys.model, architecture_for(config))
+        uniform = jnp.full(config.num_envs, 1 / config.num_envs)
+        return State(variables, optimizer.init(variables.params), uniform)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def epoch(
-        state: State, dataset: Dataset, key: jax.Array, index: int
+        state: State, dataset: Dataset, keys: Keys, index: int
     ) -> tuple[State, dict[str, Any]]:
-        def step(state: State, rows: jax.Array) -> tuple[State, tuple[jax.Array, ...]]:
-            batch = jax.vmap(_take)(dataset.train, rows)
-            losses, stats = gradients(state.params, batch)
-            updates, opt_state = optimizer.update(stats, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            kept = optax.tree.get(opt_state, "kept_fraction")
-            return State(params, opt_state), (losses.mean(), kept)
+        def step(
+            state: State, inputs: tuple[jax.Array, jax.Array]
+        ) -> tuple[State, tuple[jax.Array, ...]]:
+            rows, dropout_key = inputs
+            split = jax.vmap(_take)(dataset.train, rows)
+            dropout_keys = jax.random.split(dropout_key, config.num_envs)
+            batch = EnvBatch(*split, envs, dropout_keys)
+            grads, aux, env_weights = gradients(state, batch, penalty_weight)
+            params, _ = state.variables
+            updates, opt_state = optimizer.update(grads, state.opt_state, params)
+            # Taken over all environments together, so the same in each of them.
+            batch_stats = jax.tree.map(lambda leaf: leaf[0], aux.batch_stats)
+            variables = Variables(optax.apply_updates(params, updates), batch_stats)
+            kept = optax.tree.get(opt_state, "kept_fraction", jnp.float32(1))
+            return State(variables, opt_state, env_weights), (
+                aux.cross_entropy.mean(),
+                kept,
+            )
 
-        rows = epoch_order(jax.random.fold_in(key, index), config)
-        state, (losses, kept) = jax.lax.scan(step, state, rows)
-        evaluated = jax.tree.map(lambda leaf: leaf[:, :EVALUATED], dataset.train)
-        train_accuracy, _ = evaluate(state.params, evaluated)
-        validation_accuracy, validation_loss = evaluate(
-            state.params, dataset.validation
+        annealing = index < config.penalty_annealing
+        penalty_weight = jnp.where(
+            annealing, min(1.0, config.penalty_weight), config.penalty_weight
         )
-        held_out_accuracy, _ = evaluate(state.params, dataset.held_out)
-        test_accuracy, _ = evaluate(state.params, dataset.test)
+        rows = epoch_order(jax.random.fold_in(keys.batches, index), config)
+        dropout_keys = jax.random.split(
+            jax.random.fold_in(keys.dropout, index), config.steps_per_epoch
+        )
+        state, (losses, kept) = jax.lax.scan(step, state, (rows, dropout_keys))
+        evaluated = jax.tree.map(lambda leaf: leaf[:, :EVALUATED], dataset.train)
+        train_accuracy, _ = evaluate(state.variables, evaluated)
+        validation_accuracy, validation_loss = evaluate(
+            state.variables, dataset.validation
+        )
+        held_out_accuracy, _ = evaluate(state.variables, dataset.held_out)
+        test_accuracy, _ = evaluate(state.variables, dataset.test)
         metrics = {
             "loss": losses.mean(),
             "train_accuracy": train_accuracy,
@@ -227,7 +388,7 @@ def _take(split: Split, rows: jax.Array) -> Split:
 
 def train(
     config: TrainConfig, run: RunDir, dataset: Dataset, *, quiet: bool = False
-) -> tuple[Params, list[dict[str, float]]]:
+) -> tuple[Variables, list[dict[str, float]]]:
     """Trains to the end, from the start or from the run's last checkpoint.
 
     Args:
@@ -238,13 +399,13 @@ def train(
       quiet: without a progress bar.
 
     Returns:
-      The final parameters, and the metrics of every epoch.
+      The final network, and the metrics of every epoch.
     """
     trainer = make_trainer(config)
     keys = make_keys(config.seed)
 
     def epoch_fn(state: State, index: int) -> tuple[State, dict[str, Any]]:
-        state, metrics = trainer.epoch(state, dataset, keys.batches, index)
+        state, metrics = trainer.epoch(state, dataset, keys, index)
         # jit sorts the keys of dictionaries; the columns of metrics.csv keep ours.
         return state, {name: metrics[name] for name in METRICS}
 
@@ -257,4 +418,4 @@ def train(
         progress=None if quiet else PROGRESS,
         title=config.method,
     )
-    return state.params, history
+    return state.variables, history

@@ -318,7 +318,8 @@ def test_rerun_finished_seed_without_its_metrics_is_refused_naming_them(
     with RunDir(path, "synthetic train", config) as run:
         run.write_metrics(rows)
         run.finish({"seed": 0, "test_accuracy": 1.0})
-    assert commands._train_seed(path, config, "").test_accuracy == [1.0] * len(rows)
+    outcome = commands._train_seed(path, config, "")
+    assert outcome.curve("test_accuracy") == [1.0] * len(rows)
     if damage == "missing":
         metrics.unlink()
     elif damage == "short":
@@ -413,7 +414,13 @@ def test_command_line_invalid_value_exits_2_before_anything(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train", "--method", "irm"], ["compare", "--methods", "irm"], ["search"]],
+    [
+        ["train", "--method", "magic"],
+        ["compare", "--methods", "magic"],
+        ["search", "--sampler", "magic"],
+        ["figure", "8"],
+        ["magic"],
+    ],
 )
 def test_command_line_unknown_choice_exits_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -7,8 +7,8 @@ from experiments.synthetic.config import (
     PRESETS,
     CompareConfig,
     RerunConfig,
-    RerunOptions,
     TrainConfig,
+    WorkerOptions,
 )
 
 INVALID = [
@@ -81,7 +81,7 @@ def test_rerun_config_invalid_seeds_are_refused(seeds):
 
 def test_rerun_options_no_workers_is_refused():
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
-        RerunOptions(workers=0)
+        WorkerOptions(workers=0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -55,7 +55,7 @@ def test_region_probability_averages_over_shortcuts():
 def test_draw_compiles_once_for_all_methods():
     config = TrainConfig(**{**PRESETS["smoke"], "hidden_units": 11})
     dataset = dataset_for(config, 0)
-    params = make_trainer(config).init(make_keys(0)).params
+    params = make_trainer(config).init(make_keys(0)).variables
     history = [{"epoch": 1, **dict.fromkeys(METRICS, 0.5)}]
     compiled = (figures._region_probability, figures._logits)
     before = [function._cache_size() for function in compiled]
@@ -68,7 +68,7 @@ def test_draw_compiles_once_for_all_methods():
 @pytest.mark.parametrize("methods", [["erm"], ["erm", "and_mask", "geometric_mean"]])
 def test_draw_shows_every_method_with_its_accuracy(methods):
     config = TrainConfig(**PRESETS["smoke"])
-    params = make_trainer(config).init(make_keys(0)).params
+    params = make_trainer(config).init(make_keys(0)).variables
     history = [
         {"epoch": epoch, **dict.fromkeys(METRICS, 0.25 * epoch)} for epoch in (1, 2, 3)
     ]

@@ -1,0 +1,159 @@
+"""Hyperparameter search: what a trial trains, when it stops, and what is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from experiments.common.search import Search
+from experiments.synthetic.config import (
+    RULES,
+    Rule,
+    SearchConfig,
+    TrainConfig,
+    shared_settings,
+)
+from experiments.synthetic.spaces import SPACES, recipe_draws, suggest
+from experiments.synthetic.training import (
+    METRICS,
+    dataset_for,
+    make_keys,
+    make_trainer,
+)
+
+# A trial is hopeless once it has memorised: training accuracy above the first of these
+# and out-of-distribution accuracy below the second (paper, section 3.1).
+MEMORISED = (0.97, 0.60)
+# Reports of a trial to the pruner; one for each epoch would make up most of a journal.
+REPORTS = 20
+
+# The learning rate is a setting of the trial already, which this would shadow.
+RECORDED = tuple(name for name in METRICS if name != "learning_rate")
+
+# The metric that each rule selects by.
+SCORES: dict[Rule, str] = {
+    "training": "validation_accuracy",
+    "held_out": "held_out_accuracy",
+    "oracle": "test_accuracy",
+}
+HOPELESS = {"held_out": "held_out_accuracy", "test": "test_accuracy"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Trains a trial's settings; its value is the accuracy that `config.rule` names."""
+
+    config: SearchConfig
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Draws, trains, reports; the trial's user attributes are its last metrics.
+
+        Raises:
+          optuna.TrialPruned: the pruner ended the trial.
+        """
+        config = self.train_config(trial)
+        trainer, keys = make_trainer(config), make_keys(config.seed)
+        dataset = dataset_for(config, config.seed)
+        state = trainer.init(keys)
+        score, stopped, pruned = SCORES[self.config.rule], "", False
+        report_every = math.ceil(config.epochs / REPORTS)
+        for epoch in range(config.epochs):
+            state, metrics = trainer.epoch(state, dataset, keys, epoch)
+            values = {name: float(metrics[name]) for name in RECORDED}
+            if not math.isfinite(values["loss"]):
+                stopped = "diverged"
+            elif self.is_hopeless(values):
+                stopped = "memorised"
+            if stopped:
+                break
+            if (epoch + 1) % report_every == 0:
+                trial.report(values[score], epoch + 1)
+                if trial.should_prune():
+                    pruned = True
+                    break
+        for name, value in {**values, "epochs": epoch + 1, "stopped": stopped}.items():
+            trial.set_user_attr(name, value)
+        if pruned:
+            raise optuna.TrialPruned
+        return values[score]
+
+    def train_config(self, trial: Any) -> TrainConfig:
+        """The whole config of a trial."""
+        space = SPACES[self.config.space]
+        settings = {
+            **shared_settings(self.config),
+            **suggest(trial, self.config.method, space),
+        }
+        return TrainConfig(**settings, method=self.config.method, seed=self.config.seed)
+
+    def is_hopeless(self, values: Mapping[str, float]) -> bool:
+        """Whether a trial has memorised the training environments."""
+        if self.config.hopeless == "never":
+            return False
+        fitted, generalises = MEMORISED
+        return (
+            values["train_accuracy"] > fitted
+            and values[HOPELESS[self.config.hopeless]] < generalises
+        )
+
+
+def study_of(config: SearchConfig, directory: Path, storage: str | None) -> Search:
+    """The study that a search works on.
+
+    Its first trial is this project's recipe, for every method alike, if the space
+    contains it.
+    """
+    space = SPACES[config.space]
+    recipe = recipe_draws(config.method, space)
+    settings = dataclasses.asdict(config)
+    own = {name: settings.pop(name) for name in ("trials", "sampler", "pruner")}
+    settings["ranges"] = dataclasses.asdict(space)
+    return Search(
+        name=f"synthetic-{config.method}",
+        directory=directory,
+        seed=config.search_seed,
+        # Accuracy rises late where a mask first takes the shortcuts away.
+        warmup_steps=config.epochs // 2,
+        max_steps=config.epochs,
+        first=() if recipe is None else (recipe,),
+        space=settings,
+        storage=storage,
+        **own,
+    )
+
+
+def select(rows: Sequence[Mapping[str, Any]], rule: Rule) -> Mapping[str, Any]:
+    """The trial that a rule chooses: the most accurate, of equals the one with the
+    lowest validation loss.
+
+    Args:
+      rows: trials as `experiments.common.search.table` gives them.
+      rule: `training` looks at further examples of the training environments,
+        `held_out` at other environments, `oracle` at the test set.
+    """
+    complete = [row for row in rows if row["state"] == "COMPLETE"]
+
+    def order(row: Mapping[str, Any]) -> tuple[float, float]:
+        loss = row["validation_loss"]
+        return row[SCORES[rule]], -loss if math.isfinite(loss) else -math.inf
+
+    return max(complete, key=order)
+
+
+def chosen_settings(
+    config: SearchConfig, rows: Sequence[Mapping[str, Any]]
+) -> dict[Rule, dict[str, Any]]:
+    """What each rule chooses, as fields of `TrainConfig` and their values."""
+    method, space = config.method, SPACES[config.space]
+    return {
+        rule: {
+            "method": method,
+            **suggest(optuna.trial.FixedTrial(dict(select(rows, rule))), method, space),
+        }
+        for rule in RULES
+    }
