@@ -207,14 +207,23 @@ def test_shell_commands_of_a_page_are_understood(path):
         elif words[:2] == ["python", "-m"]:
             module = importlib.import_module(f"{words[2]}.__main__")
             parsed = []
-            commands = {
-                name: dataclasses.replace(command, run=parsed.append)
-                for name, command in module.COMMANDS.items()
-            }
+            commands = parse_only(module.COMMANDS, parsed)
             assert cli.main(words[2], commands, words[3:]) == 0, words
             assert len(parsed) == 1
         else:
             assert words == ["pip", "install", "."]
+
+
+def parse_only(commands, parsed):
+    """The same commands, which append their calls to `parsed` and do nothing else."""
+
+    def inert(command):
+        if isinstance(command, cli.Group):
+            inner = parse_only(command.commands, parsed)
+            return dataclasses.replace(command, commands=inner)
+        return dataclasses.replace(command, run=parsed.append)
+
+    return {name: inert(command) for name, command in commands.items()}
 
 
 def anchors(path):
