@@ -28,7 +28,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 import optuna
@@ -39,6 +39,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments.common.choices import Pruner, Sampler
 from experiments.common.pool import run_jobs
 from experiments.common.run_dir import RunDirError, describe_differences
 from experiments.common.validation import require, require_choice
@@ -46,8 +47,6 @@ from experiments.common.validation import require, require_choice
 JOURNAL = "study.journal"
 _LOCKS = "study.locks"
 
-Sampler = Literal["tpe", "random"]
-Pruner = Literal["none", "median", "hyperband"]
 Objective = Callable[[optuna.Trial], float]
 Row = dict[str, Any]
 

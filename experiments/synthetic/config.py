@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from experiments.common.choices import Pruner, Sampler
 from experiments.common.cli import Preset, RunOptions
 from experiments.common.validation import require, require_choice
 
@@ -229,22 +230,26 @@ class RerunConfig(Settings):
         ]
 
 
+Space = Literal["paper", "wide", "small", "smoke"]
+Hopeless = Literal["held_out", "test", "never"]
+
+
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(Settings):
     """Settings that a search draws, and the ones that stay as they are."""
 
     method: Method = "and_mask"
     """The method, as for train."""
-    space: Literal["paper", "wide", "small", "smoke"] = "small"
+    space: Space = "small"
     """Ranges: paper (tables 1 and 2), wide (and those of this project's recipe), small
     (smaller networks), smoke."""
     trials: int = 24
     """Finished trials; pruned and hopeless ones count."""
-    sampler: Literal["tpe", "random"] = "random"
+    sampler: Sampler = "random"
     """random, whose trials serve every rule; tpe, guided by the rule."""
-    pruner: Literal["none", "median", "hyperband"] = "none"
+    pruner: Pruner = "none"
     """What ends trials that fall behind the others, from half of the epochs on."""
-    hopeless: Literal["held_out", "test", "never"] = "held_out"
+    hopeless: Hopeless = "held_out"
     """A trial ends at a training accuracy above 97 % with one below 60 % on these
     environments. The paper looks at the test set."""
     rule: Rule = "held_out"
@@ -259,7 +264,14 @@ class SearchConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("method", self.method, METHODS)
-        require_choice("rule", self.rule, RULES)
+        for field, kind in (
+            ("rule", Rule),
+            ("space", Space),
+            ("sampler", Sampler),
+            ("pruner", Pruner),
+            ("hopeless", Hopeless),
+        ):
+            require_choice(field, getattr(self, field), get_args(kind))
         require("trials", self.trials, self.trials >= 1, "at least 1")
         _require_seed("seed", self.seed)
         _require_seed("search_seed", self.search_seed)

@@ -4,9 +4,13 @@ import math
 import pytest
 
 from experiments.synthetic.config import (
+    METHODS,
     PRESETS,
     CompareConfig,
+    CorrelationsConfig,
     RerunConfig,
+    SearchConfig,
+    SelectedConfig,
     TrainConfig,
     WorkerOptions,
 )
@@ -40,7 +44,13 @@ INVALID = [
     ("microbatch_size", 0, "at least 1"),
     ("microbatch_size", 3, "a divisor of num_envs (16)"),
     ("checkpoint_every", 0, "at least 1"),
-    ("method", "irm", "one of erm, and_mask, geometric_mean"),
+    ("method", "magic", f"one of {', '.join(METHODS)}"),
+    ("dropout", 1.0, "in [0, 1)"),
+    ("sharpness", 0.0, "positive and finite"),
+    ("penalty_weight", -1.0, "non-negative and finite"),
+    ("penalty_annealing", -1, "non-negative and finite"),
+    ("reversal_scale", math.inf, "non-negative and finite"),
+    ("dro_step_size", math.nan, "non-negative and finite"),
     ("seed", -1, "between 0 and 2**32 - 1"),
     ("seed", 2**32, "between 0 and 2**32 - 1"),
 ]
@@ -59,12 +69,55 @@ def test_train_config_max_rescale_without_rescale_is_refused():
         TrainConfig(max_rescale=2.0)
 
 
+def test_configs_with_a_mask_that_never_opens_are_refused():
+    refusal = "threshold must be below 1 for sand_mask.*got 1.0"
+    for make in (
+        lambda: TrainConfig(method="sand_mask"),
+        lambda: RerunConfig(method="sand_mask"),
+        lambda: CompareConfig(methods=("erm", "sand_mask")),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            make()
+    assert TrainConfig(method="sand_mask", threshold=0.9).threshold == 0.9
+
+
+def test_train_config_batch_norm_needs_all_environments_at_once():
+    with pytest.raises(ValueError, match="use oracle=fused or vmap, got scan"):
+        TrainConfig(batch_norm=True, oracle="scan")
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "value", "rule"),
+    [
+        (SearchConfig, "trials", 0, "at least 1"),
+        (SearchConfig, "method", "magic", "one of erm"),
+        (SearchConfig, "rule", "test", "one of training, held_out, oracle"),
+        (SearchConfig, "space", "huge", "one of paper, wide, small, smoke"),
+        (SearchConfig, "sampler", "grid", "one of tpe, random"),
+        (SearchConfig, "pruner", "all", "one of none, median, hyperband"),
+        (SearchConfig, "hopeless", "train", "one of held_out, test, never"),
+        (SearchConfig, "search_seed", -1, "between 0 and 2**32 - 1"),
+        (SelectedConfig, "methods", (), "one or more different methods"),
+        (SelectedConfig, "many", ("magic",), "one of erm"),
+        (SelectedConfig, "rule", "test", "one of training, held_out, oracle"),
+        (SelectedConfig, "seeds", (2, 1), "in ascending order"),
+        (SelectedConfig, "many_seeds", (2, 1), "in ascending order"),
+        (CorrelationsConfig, "logit_scale", 0.0, "positive and finite"),
+        (CorrelationsConfig, "seeds", (2, 1), "in ascending order"),
+    ],
+)
+def test_configs_of_searches_and_figures_name_field_and_rule(cls, field, value, rule):
+    with pytest.raises(ValueError, match="must be") as error:
+        cls(**{field: value})
+    assert rule in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("methods", "rule"),
     [
         ((), "one or more different methods"),
         (("erm", "erm"), "one or more different methods"),
-        (("erm", "dann"), "one of erm, and_mask, geometric_mean"),
+        (("erm", "magic"), f"one of {', '.join(METHODS)}"),
     ],
 )
 def test_compare_config_invalid_methods_are_refused(methods, rule):
