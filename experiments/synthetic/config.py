@@ -26,6 +26,8 @@ Method = Literal[
 METHODS: tuple[Method, ...] = get_args(Method)
 # These turn the gradients of environments into one; the others are losses of their own.
 AGGREGATORS: tuple[Method, ...] = ("and_mask", "geometric_mean", "sand_mask")
+# These add a penalty to the mean loss.
+PENALIZED: tuple[Method, ...] = ("irm", "vrex")
 
 
 # What settings are chosen by: other examples of the training environments, other
@@ -250,8 +252,11 @@ class SearchConfig(Settings):
     pruner: Pruner = "none"
     """What ends trials that fall behind the others, from half of the epochs on."""
     hopeless: Hopeless = "held_out"
-    """A trial ends at a training accuracy above 97 % with one below 60 % on these
-    environments. The paper looks at the test set."""
+    """A trial has memorised at a training accuracy above 97 % with one below 60 % on
+    these environments. The paper looks at the test set."""
+    patience: int = 25
+    """Epochs in a row, after the annealing of a penalty, in which a trial has to have
+    memorised before it ends."""
     rule: Rule = "held_out"
     """What tpe and the pruners look at: training (other examples of the training
     environments), held_out (other environments), oracle (the test set). What each of
@@ -273,6 +278,7 @@ class SearchConfig(Settings):
         ):
             require_choice(field, getattr(self, field), get_args(kind))
         require("trials", self.trials, self.trials >= 1, "at least 1")
+        require("patience", self.patience, self.patience >= 1, "at least 1")
         _require_seed("seed", self.seed)
         _require_seed("search_seed", self.search_seed)
 
@@ -487,6 +493,7 @@ SEARCH_PRESETS: dict[Preset, SearchConfig] = {
         space="paper",
         trials=100,
         hopeless="test",
+        patience=1,
     ),
 }
 SELECTED_PRESETS: dict[Preset, SelectedConfig] = {

@@ -155,15 +155,63 @@ def test_select_of_equals_takes_the_lowest_validation_loss_then_the_first():
 
 
 @pytest.mark.parametrize("looks_at", HOPELESS)
-def test_objective_memorised_trials_are_hopeless(looks_at):
+def test_objective_has_memorised_looks_at_the_environments_it_is_told(looks_at):
     objective = Objective(dataclasses.replace(SMOKE, hopeless=looks_at))
     values = {"train_accuracy": 0.98, "held_out_accuracy": 1.0, "test_accuracy": 1.0}
-    assert not objective.is_hopeless(values)
+    assert not objective.has_memorised(values)
     low = values | {HOPELESS[looks_at]: 0.59}
-    assert objective.is_hopeless(low)
-    assert not objective.is_hopeless(low | {"train_accuracy": 0.97})
+    assert objective.has_memorised(low)
+    assert not objective.has_memorised(low | {"train_accuracy": 0.97})
     never = Objective(dataclasses.replace(SMOKE, hopeless="never"))
-    assert not never.is_hopeless(low)
+    assert not never.has_memorised(low)
+
+
+class Recorder(RandomTrial):
+    """A trial without a study: what the objective reports and keeps."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.user_attrs, self.reported = {}, []
+
+    def report(self, value, step):
+        self.reported.append(step)
+
+    def should_prune(self):
+        return False
+
+    def set_user_attr(self, name, value):
+        self.user_attrs[name] = value
+
+
+@pytest.mark.parametrize(
+    ("method", "annealing", "expected"), [("erm", 8, 3), ("irm", 0, 3), ("irm", 4, 7)]
+)
+def test_objective_memorised_trial_ends_after_annealing_and_patience(
+    method, annealing, expected, monkeypatch
+):
+    config = dataclasses.replace(SMOKE, method=method, patience=3, epochs=20)
+    objective = Objective(config)
+    train_config = dataclasses.replace(
+        objective.train_config(RandomTrial(0)),
+        penalty_annealing=annealing,
+        learning_rate=1e-3,  # so that none diverges first
+    )
+    monkeypatch.setattr(Objective, "train_config", lambda self, trial: train_config)
+    monkeypatch.setattr(Objective, "has_memorised", lambda self, values: True)
+    trial = Recorder(0)
+    objective(trial)
+    assert trial.user_attrs["epochs"] == expected
+    assert trial.user_attrs["stopped"] == "memorised"
+
+
+def test_objective_reports_now_and_then_and_keeps_its_last_metrics():
+    config = dataclasses.replace(SMOKE, hopeless="never", epochs=50)
+    trial = Recorder(0)
+    value = Objective(config)(trial)
+    assert trial.reported == list(range(3, 49, 3))
+    assert trial.user_attrs["epochs"] == 50
+    assert trial.user_attrs["stopped"] == ""
+    assert value == trial.user_attrs["held_out_accuracy"]
 
 
 def test_chosen_settings_are_those_of_the_chosen_trials():
