@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import io
@@ -25,7 +26,6 @@ from experiments.common.run_dir import METRICS as METRICS_FILE
 from experiments.common.run_dir import RunDir, RunDirError, save_png
 from experiments.synthetic.config import (
     PRESETS,
-    RULES,
     CompareConfig,
     CorrelationsConfig,
     EnvsConfig,
@@ -218,7 +218,12 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
 
     config, options = call.config, call.options
     name = f"search-{config.method}-{options.preset}-seed{config.seed}"
-    path = call.run_path(EXPERIMENT, name, ("method", "seed"))
+    path = call.run_path(EXPERIMENT, name, ("method", "seed", "trials"))
+    if options.overwrite and options.storage is not None:
+        raise RunDirError(
+            "--overwrite leaves the trials in --storage as they are: choose another "
+            "storage, or delete the study there and start without --overwrite"
+        )
     # More trials continue a finished search, so their number is no part of a run's
     # identity; the study keeps the rest of the plan anyway.
     with RunDir(
@@ -231,8 +236,7 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
         outputs=(TRIALS_TABLE, SELECTED, studies.JOURNAL),
     ) as run:
         study = trials.study_of(config, run.path, options.storage)
-        done = run.summary()["trials"] if run.finished else 0
-        if done < config.trials:
+        if run.finished and run.summary()["trials"] < config.trials:
             run.reopen()
         announce(run)
         if not run.finished:
@@ -241,7 +245,7 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
             run.write_metrics(rows, TRIALS_TABLE)
             chosen = trials.chosen_settings(config, rows)
             write_json(run.path / SELECTED, chosen)
-            run.finish(_summarize_search(config.method, rows))
+            run.finish(_summarize_search(config, rows))
         print(format_search(run.summary()))
         print(f"Every trial: {run.path / TRIALS_TABLE}")
         print(f"Chosen settings: {run.path / SELECTED}")
@@ -262,26 +266,28 @@ def _search(run: RunDir, study: Search, objective: Any, workers: int) -> None:
 
 
 def _summarize_search(
-    method: Method, rows: Sequence[Mapping[str, Any]]
+    config: SearchConfig, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     from experiments.synthetic.search import select
 
+    stopped = collections.Counter(row["stopped"] for row in rows)
     return {
-        "method": method,
+        "method": config.method,
         "trials": len(rows),
         "pruned": sum(row["state"] == "PRUNED" for row in rows),
-        "memorised": sum(row["stopped"] == "memorised" for row in rows),
-        "diverged": sum(row["stopped"] == "diverged" for row in rows),
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "chosen": {rule: dict(select(rows, rule)) for rule in RULES},
+        "fitted": stopped["fitted"],
+        "memorised": stopped["memorised"],
+        "diverged": stopped["diverged"],
+        "seconds": round(sum(row["seconds"] or 0.0 for row in rows), 1),
+        "chosen": {rule: dict(select(rows, rule)) for rule in config.clean_rules},
     }
 
 
 def format_search(summary: Mapping[str, Any]) -> str:
     """What each rule chooses, as text."""
     lines = [
-        "{trials} trials of {method}: {memorised} memorised, {diverged} diverged, "
-        "{pruned} pruned".format(**summary),
+        "{trials} trials of {method}: {fitted} ended when fitted, {memorised} when "
+        "memorised, {diverged} diverged, {pruned} pruned".format(**summary),
         f"{'rule':<10}{'trial':>7}{'train':>8}{'valid.':>8}{'held out':>10}{'test':>8}",
     ]
     for rule, row in summary["chosen"].items():
@@ -312,7 +318,7 @@ def selected_figure(
                 settings = selected_settings(config, method, options.preset)
                 jobs += [
                     (
-                        run.path / method / f"seed{seed}",
+                        run.path / f"{method}-seed{seed}",
                         TrainConfig(**settings, seed=seed),
                         call.command,
                     )

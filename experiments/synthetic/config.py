@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 
@@ -36,6 +36,14 @@ Rule = Literal["training", "held_out", "oracle"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 
 
+Optimizer = Literal["adam", "sgd"]
+Oracle = Literal["fused", "scan", "vmap"]
+
+Value = TypeVar("Value")
+# A setting that is no flag of the command.
+Hidden = Annotated[Value, tyro.conf.Fixed, tyro.conf.Suppress]
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Data, model and training; all that a run depends on besides method and seed."""
@@ -62,7 +70,7 @@ class Settings:
     """Passes over the training data."""
     batch_size: int = 128
     """Examples per step from each environment."""
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Optimizer = "adam"
     """adam, or sgd with momentum 0.9."""
     learning_rate: float = 1e-2
     """Initial learning rate."""
@@ -96,7 +104,7 @@ class Settings:
     """L1 decay added to the aggregated gradient, before the optimizer's moments."""
     weight_decay: float = 0.0
     """Decoupled weight decay, added to the optimizer's update."""
-    oracle: Literal["fused", "scan", "vmap"] = "fused"
+    oracle: Oracle = "fused"
     """How gradients are reduced: fused (layer by layer), scan (few environments at a
     time), vmap (stacked)."""
     microbatch_size: int = 1
@@ -148,9 +156,9 @@ class Settings:
                 "batch_norm needs all environments at once: use oracle=fused or vmap, "
                 "got scan"
             )
-        require_choice("optimizer", self.optimizer, ("adam", "sgd"))
+        require_choice("optimizer", self.optimizer, get_args(Optimizer))
         require_choice("schedule", self.schedule, ("step", "cosine", "constant"))
-        require_choice("oracle", self.oracle, ("fused", "scan", "vmap"))
+        require_choice("oracle", self.oracle, get_args(Oracle))
         require(
             "batch_size",
             self.batch_size,
@@ -233,34 +241,60 @@ class RerunConfig(Settings):
 
 
 Space = Literal["paper", "wide", "small", "smoke"]
-Hopeless = Literal["held_out", "test", "never"]
+Stop = Literal["fitted", "held_out", "test", "never"]
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(Settings):
     """Settings that a search draws, and the ones that stay as they are."""
 
+    # What a trial draws is no flag.
+    hidden_units: Hidden[int] = 256
+    hidden_layers: Hidden[int] = 3
+    batch_norm: Hidden[bool] = False
+    dropout: Hidden[float] = 0.0
+    batch_size: Hidden[int] = 128
+    optimizer: Hidden[Optimizer] = "adam"
+    learning_rate: Hidden[float] = 1e-2
+    b1: Hidden[float] = 0.9
+    b2: Hidden[float] = 0.9
+    eps: Hidden[float] = 1e-15
+    threshold: Hidden[float] = 1.0
+    rescale: Hidden[bool] = False
+    max_rescale: Hidden[float | None] = None
+    sharpness: Hidden[float] = 10.0
+    penalty_weight: Hidden[float] = 100.0
+    penalty_annealing: Hidden[int] = 4
+    reversal_scale: Hidden[float] = 1.0
+    dro_step_size: Hidden[float] = 0.01
+    l2: Hidden[float] = 0.0
+    l1: Hidden[float] = 0.0
+    weight_decay: Hidden[float] = 0.0
+    # Batch norm, which a trial may draw, does not go with the scan.
+    oracle: Hidden[Oracle] = "fused"
+    microbatch_size: Hidden[int] = 1
+    checkpoint_every: Hidden[int] = 10
+
     method: Method = "and_mask"
     """The method, as for train."""
     space: Space = "small"
     """Ranges: paper (tables 1 and 2), wide (and those of this project's recipe), small
     (smaller networks), smoke."""
-    trials: int = 24
-    """Finished trials; pruned and hopeless ones count."""
+    trials: int = 16
+    """Finished trials; those that ended early count."""
     sampler: Sampler = "random"
-    """random, whose trials serve every rule; tpe, guided by the rule."""
+    """random, or tpe, which looks at what `rule` looks at."""
     pruner: Pruner = "none"
     """What ends trials that fall behind the others, from half of the epochs on."""
-    hopeless: Hopeless = "held_out"
-    """A trial has memorised at a training accuracy above 97 % with one below 60 % on
-    these environments. The paper looks at the test set."""
+    stop: Stop = "fitted"
+    """A trial ends at a training accuracy above 97 % (fitted), or at that with less
+    than 60 % on held_out environments or on the test set, as in the paper; or never
+    before its last epoch."""
     patience: int = 25
-    """Epochs in a row, after the annealing of a penalty, in which a trial has to have
-    memorised before it ends."""
+    """Epochs in a row, after the annealing of a penalty, that this has to last."""
     rule: Rule = "held_out"
     """What tpe and the pruners look at: training (other examples of the training
-    environments), held_out (other environments), oracle (the test set). What each of
-    the three chooses is reported anyway."""
+    environments), held_out (other environments), oracle (the test set)."""
     seed: int = 1000
     """Seed of data, initial weights and the order of examples, in all trials."""
     search_seed: int = 0
@@ -274,13 +308,25 @@ class SearchConfig(Settings):
             ("space", Space),
             ("sampler", Sampler),
             ("pruner", Pruner),
-            ("hopeless", Hopeless),
+            ("stop", Stop),
         ):
             require_choice(field, getattr(self, field), get_args(kind))
         require("trials", self.trials, self.trials >= 1, "at least 1")
         require("patience", self.patience, self.patience >= 1, "at least 1")
         _require_seed("seed", self.seed)
         _require_seed("search_seed", self.search_seed)
+
+    @property
+    def clean_rules(self) -> tuple[Rule, ...]:
+        """The rules whose choice has seen no more than they name.
+
+        What ends trials, guides the sampler or prunes decides what there is to choose
+        from.
+        """
+        seen = {"held_out": 1, "test": 2}.get(self.stop, 0)
+        if self.sampler == "tpe" or self.pruner != "none":
+            seen = max(seen, RULES.index(self.rule))
+        return RULES[seen:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +364,12 @@ class SelectedConfig:
 @dataclasses.dataclass(frozen=True)
 class EnvsConfig(Settings):
     """Methods against the number of training environments, at equal cost."""
+
+    # These follow from the number of environments and the settings below.
+    num_envs: Hidden[int] = 16
+    batch_size: Hidden[int] = 128
+    epochs: Hidden[int] = 300
+    threshold: Hidden[float] = 1.0
 
     methods: tuple[Method, ...] = ("erm", "and_mask")
     """The methods."""
@@ -492,7 +544,7 @@ SEARCH_PRESETS: dict[Preset, SearchConfig] = {
         **{**PRESETS["paper"], "epochs": 3000 // 32},
         space="paper",
         trials=100,
-        hopeless="test",
+        stop="test",
         patience=1,
     ),
 }

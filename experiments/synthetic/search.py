@@ -10,10 +10,10 @@ from typing import Any
 
 import optuna
 
+from experiments.common.run_dir import RunDirError
 from experiments.common.search import Search
 from experiments.synthetic.config import (
     PENALIZED,
-    RULES,
     Rule,
     SearchConfig,
     TrainConfig,
@@ -27,7 +27,7 @@ from experiments.synthetic.training import (
     make_trainer,
 )
 
-# Training accuracy above the first of these and out-of-distribution accuracy below the
+# Training accuracy above the first of these, and out-of-distribution accuracy below the
 # second (paper, section 3.1).
 MEMORISED = (0.97, 0.60)
 # Reports of a trial to the pruner; one for each epoch would make up most of a journal.
@@ -42,7 +42,7 @@ SCORES: dict[Rule, str] = {
     "held_out": "held_out_accuracy",
     "oracle": "test_accuracy",
 }
-HOPELESS = {"held_out": "held_out_accuracy", "test": "test_accuracy"}
+OUT_OF_DISTRIBUTION = {"held_out": "held_out_accuracy", "test": "test_accuracy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,21 +62,22 @@ class Objective:
         dataset = dataset_for(config, config.seed)
         state = trainer.init(keys)
         score, stopped, pruned = SCORES[self.config.rule], "", False
-        memorised = 0  # epochs in a row
+        done = 0  # epochs in a row that meet the condition of `stop`
         report_every = math.ceil(config.epochs / REPORTS)
         for epoch in range(config.epochs):
             state, metrics = trainer.epoch(state, dataset, keys, epoch)
             values = {name: float(metrics[name]) for name in RECORDED}
             # Before its penalty counts, a method is plain averaging.
             counts = config.method not in PENALIZED or epoch >= config.penalty_annealing
-            memorised = memorised + 1 if counts and self.has_memorised(values) else 0
+            done = done + 1 if counts and self.is_done(values) else 0
             if not math.isfinite(values["loss"]):
                 stopped = "diverged"
-            elif memorised == self.config.patience:
-                stopped = "memorised"
+            elif done == self.config.patience:
+                stopped = "fitted" if self.config.stop == "fitted" else "memorised"
             if stopped:
                 break
-            if (epoch + 1) % report_every == 0:
+            # A trial that has come to its last epoch is worth keeping.
+            if (epoch + 1) % report_every == 0 and epoch + 1 < config.epochs:
                 trial.report(values[score], epoch + 1)
                 if trial.should_prune():
                     pruned = True
@@ -96,14 +97,14 @@ class Objective:
         }
         return TrainConfig(**settings, method=self.config.method, seed=self.config.seed)
 
-    def has_memorised(self, values: Mapping[str, float]) -> bool:
-        """Whether these metrics are of a network without hope for the others."""
-        if self.config.hopeless == "never":
-            return False
+    def is_done(self, values: Mapping[str, float]) -> bool:
+        """Whether an epoch with these metrics meets the condition of `config.stop`."""
         fitted, generalises = MEMORISED
+        if self.config.stop == "never" or values["train_accuracy"] <= fitted:
+            return False
         return (
-            values["train_accuracy"] > fitted
-            and values[HOPELESS[self.config.hopeless]] < generalises
+            self.config.stop == "fitted"
+            or values[OUT_OF_DISTRIBUTION[self.config.stop]] < generalises
         )
 
 
@@ -112,14 +113,23 @@ def study_of(config: SearchConfig, directory: Path, storage: str | None) -> Sear
 
     Its first trial is this project's recipe, for every method alike, if the space
     contains it.
+
+    Raises:
+      RunDirError: the space has batches that environments are too small for.
     """
     space = SPACES[config.space]
+    largest = max(space.batch_size)
+    if config.examples_per_env < largest:
+        raise RunDirError(
+            f"examples_per_env must be at least {largest}, the largest batch of space "
+            f"{config.space!r}, got {config.examples_per_env}"
+        )
     recipe = recipe_draws(config.method, space)
     settings = dataclasses.asdict(config)
     own = {name: settings.pop(name) for name in ("trials", "sampler", "pruner")}
     settings["ranges"] = dataclasses.asdict(space)
     return Search(
-        name=f"synthetic-{config.method}",
+        name=f"synthetic-{config.method}-{config.space}-{config.seed}",
         directory=directory,
         seed=config.search_seed,
         # Accuracy rises late where a mask first takes the shortcuts away.
@@ -128,6 +138,8 @@ def study_of(config: SearchConfig, directory: Path, storage: str | None) -> Sear
         first=() if recipe is None else (recipe,),
         space=settings,
         storage=storage,
+        # So that other machines notice when one is gone.
+        heartbeat=60 if storage is not None and "://" in storage else None,
         **own,
     )
 
@@ -139,7 +151,8 @@ def select(rows: Sequence[Mapping[str, Any]], rule: Rule) -> Mapping[str, Any]:
     Args:
       rows: trials as `experiments.common.search.table` gives them.
       rule: `training` looks at further examples of the training environments,
-        `held_out` at other environments, `oracle` at the test set.
+        `held_out` at other environments, `oracle` at the test set. See
+        `SearchConfig.clean_rules` for what else the trials may have seen.
     """
     complete = [row for row in rows if row["state"] == "COMPLETE"]
 
@@ -153,12 +166,13 @@ def select(rows: Sequence[Mapping[str, Any]], rule: Rule) -> Mapping[str, Any]:
 def chosen_settings(
     config: SearchConfig, rows: Sequence[Mapping[str, Any]]
 ) -> dict[Rule, dict[str, Any]]:
-    """What each rule chooses, as fields of `TrainConfig` and their values."""
+    """What each clean rule chooses, as fields of `TrainConfig` and their values."""
     method, space = config.method, SPACES[config.space]
     return {
         rule: {
             "method": method,
+            "schedule": config.schedule,
             **suggest(optuna.trial.FixedTrial(dict(select(rows, rule))), method, space),
         }
-        for rule in RULES
+        for rule in config.clean_rules
     }

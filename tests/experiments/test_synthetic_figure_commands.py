@@ -8,7 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from experiments.common.cli import main
-from experiments.common.run_dir import RunDirError
+from experiments.common.run_dir import RunDir, RunDirError
+from experiments.synthetic import commands
 from experiments.synthetic.__main__ import COMMANDS
 from experiments.synthetic.commands import (
     DRAWINGS,
@@ -65,7 +66,7 @@ def test_figure_6_has_every_method_and_seed(selected, tmp_path):
         *(("and_mask", s) for s in (0, 1, 2)),
     ]
     for row in rows:
-        run = selected / row["method"] / f"seed{row['seed']}"
+        run = selected / f"{row['method']}-seed{row['seed']}"
         summary = json.loads((run / "summary.json").read_text())
         assert float(row["test_accuracy"]) == summary["test_accuracy"]
     assert json.loads((selected / "summary.json").read_text())["erm"]["seeds"] == 2
@@ -192,6 +193,22 @@ def test_figure_finished_is_not_made_again(selected, capsys):
     assert "finished; --overwrite runs it again" in capsys.readouterr().out
     assert figure(6, *TINY, *arguments, "--out", selected) == 2
     assert "many_seeds" in capsys.readouterr().err
+
+
+def test_figure_overwrite_discards_every_part(tmp_path, monkeypatch):
+    config = TrainConfig(**PRESETS["smoke"])
+    path = tmp_path / "run"
+    with RunDir(path, "synthetic selected", SELECTED_PRESETS["smoke"]):
+        for name in ("erm-seed0", "dann-seed1"):
+            with RunDir(path / name, "synthetic train", config) as part:
+                part.finish({"from": "an older version of the program"})
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_run_jobs", stop)
+    assert figure(6, *TINY, "--out", path, "--overwrite") == 130
+    assert not list(path.rglob("summary.json"))
 
 
 @pytest.mark.parametrize("number", [6, 7, 14, 15])

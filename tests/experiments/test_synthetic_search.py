@@ -21,7 +21,7 @@ from experiments.synthetic.config import (
     TrainConfig,
 )
 from experiments.synthetic.search import (
-    HOPELESS,
+    OUT_OF_DISTRIBUTION,
     RECORDED,
     SCORES,
     Objective,
@@ -154,16 +154,36 @@ def test_select_of_equals_takes_the_lowest_validation_loss_then_the_first():
     assert select([rows[3]], "held_out")["number"] == 3
 
 
-@pytest.mark.parametrize("looks_at", HOPELESS)
-def test_objective_has_memorised_looks_at_the_environments_it_is_told(looks_at):
-    objective = Objective(dataclasses.replace(SMOKE, hopeless=looks_at))
+@pytest.mark.parametrize("stop", OUT_OF_DISTRIBUTION)
+def test_objective_is_done_once_it_fits_and_looks_only_where_it_is_told(stop):
+    objective = Objective(dataclasses.replace(SMOKE, stop=stop))
     values = {"train_accuracy": 0.98, "held_out_accuracy": 1.0, "test_accuracy": 1.0}
-    assert not objective.has_memorised(values)
-    low = values | {HOPELESS[looks_at]: 0.59}
-    assert objective.has_memorised(low)
-    assert not objective.has_memorised(low | {"train_accuracy": 0.97})
-    never = Objective(dataclasses.replace(SMOKE, hopeless="never"))
-    assert not never.has_memorised(low)
+    low = values | {OUT_OF_DISTRIBUTION[stop]: 0.59}
+    assert not objective.is_done(values)
+    assert objective.is_done(low)
+    assert not objective.is_done(low | {"train_accuracy": 0.97})
+    assert not Objective(dataclasses.replace(SMOKE, stop="never")).is_done(low)
+    blind = Objective(dataclasses.replace(SMOKE, stop="fitted"))
+    assert blind.is_done({"train_accuracy": 0.98})
+    assert not blind.is_done({"train_accuracy": 0.97})
+
+
+@pytest.mark.parametrize(
+    ("changes", "clean"),
+    [
+        ({"stop": "fitted"}, RULES),
+        ({"stop": "never", "sampler": "tpe", "rule": "training"}, RULES),
+        ({"stop": "held_out"}, ("held_out", "oracle")),
+        ({"sampler": "tpe"}, ("held_out", "oracle")),
+        ({"pruner": "median"}, ("held_out", "oracle")),
+        ({"stop": "test"}, ("oracle",)),
+        ({"stop": "held_out", "pruner": "median", "rule": "oracle"}, ("oracle",)),
+    ],
+    ids=str,
+)
+def test_clean_rules_have_seen_no_more_than_they_name(changes, clean):
+    config = dataclasses.replace(SMOKE, **{"stop": "fitted", **changes})
+    assert config.clean_rules == clean
 
 
 class Recorder(RandomTrial):
@@ -186,7 +206,7 @@ class Recorder(RandomTrial):
 @pytest.mark.parametrize(
     ("method", "annealing", "expected"), [("erm", 8, 3), ("irm", 0, 3), ("irm", 4, 7)]
 )
-def test_objective_memorised_trial_ends_after_annealing_and_patience(
+def test_objective_trial_that_fits_ends_after_annealing_and_patience(
     method, annealing, expected, monkeypatch
 ):
     config = dataclasses.replace(SMOKE, method=method, patience=3, epochs=20)
@@ -197,15 +217,15 @@ def test_objective_memorised_trial_ends_after_annealing_and_patience(
         learning_rate=1e-3,  # so that none diverges first
     )
     monkeypatch.setattr(Objective, "train_config", lambda self, trial: train_config)
-    monkeypatch.setattr(Objective, "has_memorised", lambda self, values: True)
+    monkeypatch.setattr(Objective, "is_done", lambda self, values: True)
     trial = Recorder(0)
     objective(trial)
     assert trial.user_attrs["epochs"] == expected
-    assert trial.user_attrs["stopped"] == "memorised"
+    assert trial.user_attrs["stopped"] == "fitted"
 
 
 def test_objective_reports_now_and_then_and_keeps_its_last_metrics():
-    config = dataclasses.replace(SMOKE, hopeless="never", epochs=50)
+    config = dataclasses.replace(SMOKE, stop="never", epochs=50)
     trial = Recorder(0)
     value = Objective(config)(trial)
     assert trial.reported == list(range(3, 49, 3))
@@ -326,3 +346,20 @@ def test_settings_that_are_not_there_exit_2(source, message, searched, capsys):
     source = source.format(path=searched / "selected.json")
     assert synthetic("train", "--settings", source) == 2
     assert message in capsys.readouterr().err
+
+
+def test_search_overwrite_of_a_shared_storage_is_refused(tmp_path, capsys):
+    arguments = ("--out", tmp_path / "run", "--overwrite", "--storage", "sqlite://")
+    assert synthetic("search", *SHORT, *arguments) == 2
+    assert "--overwrite leaves the trials in --storage" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_search_two_directories_share_a_storage(tmp_path):
+    storage = tmp_path / "shared.journal"
+    for name in ("first", "second"):
+        arguments = ("--trials", 2, "--storage", storage, "--out", tmp_path / name)
+        assert synthetic("search", *SHORT, *arguments) == 0
+    # The second found both trials there.
+    tables = [(tmp_path / n / "trials.csv").read_bytes() for n in ("first", "second")]
+    assert tables[0] == tables[1]
