@@ -1,7 +1,8 @@
 """Penalties and a gradient reversal that plain training uses against shortcuts.
 
 What the AND-mask is compared with: each changes the loss where a mask changes the
-gradient, so they go into `loss_fn` and work with any optimizer.
+gradient, so they work with any optimizer. `vrex_penalty` is of all environments
+together; the others go into the `loss_fn` of one.
 """
 
 from typing import Any
@@ -46,7 +47,7 @@ def irm_penalty(logits: Any, labels: Any) -> jax.Array:
       one-hot labels              have the shape of the logits: as many two-class
                                   problems. Pass integers for a softmax
       a class outside the range   NaN, also for -1
-      an infinite logit           NaN
+      an infinite logit           infinite or NaN
       ==========================  ==================================================
 
     Example:
@@ -81,6 +82,7 @@ def irm_penalty(logits: Any, labels: Any) -> jax.Array:
         labels.dtype, jnp.integer
     ):
         classes = logits.shape[-1]
+        labels = labels.astype(jnp.int32)  # 256 classes are no uint8
         chosen = jnp.take_along_axis(z, labels[..., None], axis=-1)[..., 0]
         # Indexing would wrap -1 around to the last class.
         chosen = jnp.where((labels >= 0) & (labels < classes), chosen, jnp.nan)

@@ -390,3 +390,13 @@ def test_reverse_gradient_leaves_that_are_not_real_floating_raise(dtype):
     tree = {"a": jnp.ones(2), "b": jnp.ones(2, dtype)}
     with raises(TypeError, "reverse_gradient", "floating", "['b']", dtype):
         reverse_gradient(tree)
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(jnp.uint8, 256), (jnp.int8, 300)])
+def test_irm_penalty_more_classes_than_the_labels_dtype_counts_is_exact(dtype, classes):
+    logits, labels = make_case("multiclass", classes=classes)
+    labels = labels % 100
+    wide = irm_penalty(jnp.asarray(logits), jnp.asarray(labels, jnp.int32))
+    narrow = irm_penalty(jnp.asarray(logits), jnp.asarray(labels, dtype))
+    assert jnp.isfinite(narrow)
+    assert narrow == wide

@@ -207,7 +207,9 @@ def load_settings(source: str, config: Any) -> dict[str, Any]:
     Raises:
       ValueError: there is no such file, key or field.
     """
-    path, _, key = source.partition(":")
+    path, key = source, ""
+    if not Path(source).is_file() and ":" in source:
+        path, _, key = source.rpartition(":")
     try:
         settings: Any = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -216,15 +218,31 @@ def load_settings(source: str, config: Any) -> dict[str, Any]:
         if not isinstance(settings, dict) or key not in settings:
             raise ValueError(f"settings {path!r} has no {key!r}")
         settings = settings[key]
-    known = {field.name for field in dataclasses.fields(config)}
     if not isinstance(settings, dict):
         raise ValueError(f"settings {source!r} must be a JSON object, got {settings!r}")
-    if unknown := sorted(settings.keys() - known):
+    defaults = vars(config)
+    if unknown := sorted(settings.keys() - defaults.keys()):
         raise ValueError(
             f"settings {source!r} has {', '.join(unknown)}, which this command does "
-            "not know; FILE:KEY picks a part of the file"
+            f"not know{'' if key else '; FILE:KEY picks a part of the file'}"
         )
-    return settings
+    return {
+        name: _as_type_of(defaults[name], value, f"settings {source!r}: {name}")
+        for name, value in settings.items()
+    }
+
+
+def _as_type_of(default: Any, value: Any, what: str) -> Any:
+    """`value` from JSON, if the field that has this default takes it."""
+    if default is None or value is None:  # what an optional field takes, it checks
+        return value
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{what} must be {type(default).__name__}, got {value!r}")
+    return value
 
 
 def _parser(

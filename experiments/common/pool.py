@@ -58,10 +58,11 @@ def _workers_ended() -> Iterator[None]:
 
     Killing them is safe at any moment, and waiting for them could take forever.
     """
+    others = set(multiprocessing.active_children())
     try:
         yield
     finally:
-        for worker in multiprocessing.active_children():
+        for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
 
 

@@ -66,7 +66,7 @@ class RunDir:
     Args:
       path: the directory; made, with its parents, if it is not there.
       experiment: name of the experiment and its subcommand, part of the identity.
-      config: dataclass whose fields define the run's result.
+      config: what defines the run's result: a dataclass, or a mapping to JSON values.
       seed: recorded in the manifest.
       command: the command line, recorded in the manifest.
       overwrite: start again, whatever config the directory holds.
@@ -128,7 +128,8 @@ class RunDir:
         outputs: Sequence[str],
         parts: str | None,
     ) -> None:
-        identity = {"experiment": experiment, "config": dataclasses.asdict(config)}
+        fields = config if isinstance(config, Mapping) else dataclasses.asdict(config)
+        identity = {"experiment": experiment, "config": dict(fields)}
         identity = json.loads(json.dumps(identity))
         held = _read_identity(self.path)
         if held is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.common.cli import Command, Group, Invocation, RunOptions, main
 from experiments.synthetic.config import (
+    CORRELATIONS_PRESETS,
     ENVS_PRESETS,
     PRESETS,
     SEARCH_PRESETS,
@@ -85,7 +86,7 @@ def figure_15(call: Invocation[EnvsConfig, FigureOptions]) -> None:
 FIGURES: dict[str, Command[Any, Any]] = {
     "6": Command(SELECTED_PRESETS, FigureOptions, figure_6),
     "7": Command(
-        {name: CorrelationsConfig(**values) for name, values in PRESETS.items()},
+        CORRELATIONS_PRESETS,
         FigureOptions,
         figure_7,
     ),

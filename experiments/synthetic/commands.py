@@ -63,6 +63,7 @@ SEEDS_TABLE = "seeds.csv"
 SEEDS_FIGURE = "seeds.png"
 TRIALS_TABLE = "trials.csv"
 SELECTED = "selected.json"
+SELECTED_FIGURES = ("figure6", "figure14")
 SELECTED_COLUMNS = ("method", "seed", *METRICS)
 ENVS_COLUMNS = ("method", "num_envs", "threshold", "seed", "epochs", *METRICS)
 DRAWINGS: dict[str, Callable[[Sequence[Mapping[str, Any]]], Figure]] = {
@@ -224,19 +225,26 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
             "--overwrite leaves the trials in --storage as they are: choose another "
             "storage, or delete the study there and start without --overwrite"
         )
-    # More trials continue a finished search, so their number is no part of a run's
-    # identity; the study keeps the rest of the plan anyway.
+    # More trials continue a finished search: their number is no part of its identity.
+    identity = dataclasses.asdict(config)
+    del identity["trials"]
     with RunDir(
         path,
         f"{EXPERIMENT} search",
-        dataclasses.replace(config, trials=1),
+        identity,
         seed=config.seed,
         command=call.command,
         overwrite=options.overwrite,
         outputs=(TRIALS_TABLE, SELECTED, studies.JOURNAL),
     ) as run:
         study = trials.study_of(config, run.path, options.storage)
-        if run.finished and run.summary()["trials"] < config.trials:
+        done = run.summary()["trials"] if run.finished else config.trials
+        if done > config.trials:
+            raise RunDirError(
+                f"{run.path} has {done} finished trials already: ask for as many or "
+                f"more, not for {config.trials}"
+            )
+        if done < config.trials:
             run.reopen()
         announce(run)
         if not run.finished:
@@ -308,22 +316,24 @@ def selected_figure(
         _redraw(call.options, (f"figure{number}",))
         return
     config, options = call.config, call.options
-    name = f"selected-{options.preset}"
-    path = call.run_path(EXPERIMENT, name)
-    with _figure_dir(path, "selected", call, ("figure6", "figure14")) as run:
+    path = call.run_path(EXPERIMENT, f"selected-{options.preset}")
+    settings = {
+        method: selected_settings(config, method, options.preset)
+        for method in config.methods
+    }
+    identity = {**dataclasses.asdict(config), "settings": settings}
+    with _figure_dir(path, "selected", call, identity, SELECTED_FIGURES) as run:
         announce(run)
         if not run.finished:
-            jobs = []
-            for method in config.methods:
-                settings = selected_settings(config, method, options.preset)
-                jobs += [
-                    (
-                        run.path / f"{method}-seed{seed}",
-                        TrainConfig(**settings, seed=seed),
-                        call.command,
-                    )
-                    for seed in config.seeds_of(method)
-                ]
+            jobs = [
+                (
+                    run.path / f"{method}-seed{seed}",
+                    TrainConfig(**settings[method], seed=seed),
+                    call.command,
+                )
+                for method in config.methods
+                for seed in config.seeds_of(method)
+            ]
             outcomes = _run_jobs(jobs, options.workers)
             results = [outcome.result for outcome in outcomes]
             _finish_figures(
@@ -354,9 +364,12 @@ def selected_settings(
         return settings
     source = f"{Path(config.selected) / method}.json:{config.rule}"
     try:
-        return settings | load_settings(source, TrainConfig())
+        settings |= load_settings(source, TrainConfig())
     except ValueError as error:
         raise RunDirError(f"{error}: make it with the search subcommand") from None
+    if settings["method"] != method:
+        raise RunDirError(f"{source} is of {settings['method']}, not of {method}")
+    return settings
 
 
 def learning_curves(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -384,7 +397,7 @@ def envs_figure(call: Invocation[EnvsConfig, FigureOptions]) -> None:
         return
     config, options = call.config, call.options
     path = call.run_path(EXPERIMENT, f"envs-{options.preset}")
-    with _figure_dir(path, "envs", call, ("figure15",)) as run:
+    with _figure_dir(path, "envs", call, config, ("figure15",)) as run:
         announce(run)
         if not run.finished:
             jobs = []
@@ -409,15 +422,13 @@ def correlations_figure(call: Invocation[CorrelationsConfig, FigureOptions]) -> 
     if call.options.results is not None:
         _redraw(call.options, ("figure7",))
         return
+    config = call.config
     path = call.run_path(EXPERIMENT, f"correlations-{call.options.preset}")
-    with _figure_dir(path, "correlations", call, ("figure7",)) as run:
+    with _figure_dir(path, "correlations", call, config, ("figure7",)) as run:
         announce(run)
         if not run.finished:
-            config = call.config
             first, last = config.seeds
-            rows = correlation_rows(
-                config, range(first, last + 1), logit_scale=config.logit_scale
-            )
+            rows = correlation_rows(config, range(first, last + 1), config.logit_scale)
             _finish_figures(run, {"figure7": rows}, {"seeds": last + 1 - first})
         print(f"Figure: {run.path / 'figure7.png'}")
 
@@ -429,12 +440,16 @@ def _columns(
 
 
 def _figure_dir(
-    path: Path, name: str, call: Invocation[Any, FigureOptions], figures: Sequence[str]
+    path: Path,
+    name: str,
+    call: Invocation[Any, FigureOptions],
+    config: Any,
+    figures: Sequence[str],
 ) -> RunDir:
     return RunDir(
         path,
         f"{EXPERIMENT} {name}",
-        call.config,
+        config,
         command=call.command,
         overwrite=call.options.overwrite,
         outputs=[f"{figure}{end}" for figure in figures for end in (".csv", ".png")],
@@ -462,7 +477,12 @@ def _redraw(options: FigureOptions, names: Sequence[str]) -> None:
     out = options.out or options.results
     for name in names:
         source = options.results / f"{name}.csv"
-        figure = DRAWINGS[name](read_table(source))
+        try:
+            figure = DRAWINGS[name](read_table(source))
+        except KeyError as error:
+            raise RunDirError(
+                f"{source} has no column {error}: it is not of this figure"
+            ) from None
         out.mkdir(parents=True, exist_ok=True)
         save_png(out / f"{name}.png", figure)
         print(f"Figure: {out / f'{name}.png'}")
@@ -483,7 +503,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
     try:
         reader = csv.DictReader(io.StringIO(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunDirError(
             f"{path} is not there: name the directory of a finished figure with --from"
         ) from None

@@ -378,10 +378,10 @@ class EnvsConfig(Settings):
     thresholds: tuple[float, ...] = (1.0, 0.8)
     """Thresholds that masks are trained with; the best on held-out environments
     counts."""
-    steps: int = 2400
+    steps: int = 2560
     """Optimizer steps of every run, rounded up to whole epochs."""
     examples_per_step: int = 2048
-    """Examples of all environments in a step, at least one of each."""
+    """Examples in a step, as many of each environment; all if there are fewer."""
     seeds: tuple[int, int] = (0, 4)
     """First and last seed, both included."""
 
@@ -423,12 +423,14 @@ class EnvsConfig(Settings):
     ) -> TrainConfig:
         settings = shared_settings(self)
         batch_size = min(self.examples_per_step // num_envs, self.examples_per_env)
-        steps_per_epoch = self.examples_per_env // batch_size
+        epochs = math.ceil(self.steps / (self.examples_per_env // batch_size))
         settings |= {
             "num_envs": num_envs,
             "batch_size": batch_size,
-            "epochs": math.ceil(self.steps / steps_per_epoch),
+            "epochs": epochs,
             "threshold": threshold,
+            # Few environments make for many short epochs.
+            "checkpoint_every": max(self.checkpoint_every, epochs // 30),
         }
         return TrainConfig(**settings, method=method, seed=seed)
 
@@ -476,8 +478,8 @@ class FigureOptions(WorkerOptions):
     """Where to write, with how many processes, and what is there already."""
 
     results: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Directory with the CSV of an earlier run: draws the figure again, and trains
-    nothing."""
+    """Directory with the CSV of an earlier run: draws the figure again, beside it or in
+    --out, and trains nothing. Other flags say nothing then."""
 
 
 def _require_methods(field: str, methods: tuple[Method, ...]) -> None:
@@ -553,6 +555,12 @@ SELECTED_PRESETS: dict[Preset, SelectedConfig] = {
     "cpu": SelectedConfig(),
     "paper": SelectedConfig(),
 }
+CORRELATIONS_PRESETS: dict[Preset, CorrelationsConfig] = {
+    "smoke": CorrelationsConfig(**PRESETS["smoke"]),
+    "cpu": CorrelationsConfig(),
+    # 16 environments and batches of 1024, unlike the paper's training.
+    "paper": CorrelationsConfig(shortcut_dims=32),
+}
 ENVS_PRESETS: dict[Preset, EnvsConfig] = {
     "smoke": EnvsConfig(
         **PRESETS["smoke"],
@@ -565,7 +573,7 @@ ENVS_PRESETS: dict[Preset, EnvsConfig] = {
     "paper": EnvsConfig(
         **PRESETS["paper"],
         envs=tuple(2**k for k in range(1, 13)),
-        steps=800,
+        steps=1280,
         examples_per_step=8192,
         thresholds=(1.0, 0.8, 0.6, 0.4, 0.2),
     ),

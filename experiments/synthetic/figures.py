@@ -350,7 +350,7 @@ def draw_envs(rows: Sequence[Row]) -> Figure:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set(
         ylim=(0.4, 1.03),
-        xlabel="Training environments (same number of steps and of examples per step)",
+        xlabel="Training environments (equally many steps and examples per step)",
         ylabel="O.o.d. test accuracy",
     )
     axes.set_title("Dots: every seed; lines: the best one on held-out environments")

@@ -54,12 +54,13 @@ EVALUATED = 128
 class State(NamedTuple):
     """What training carries from step to step.
 
-    `env_weights` [env] are group DRO's, and stay uniform in the other methods.
+    `log_weights` [env] of the environments are group DRO's, and stay 0 in the other
+    methods. As logarithms none of them gets lost for good.
     """
 
     variables: Variables
     opt_state: optax.OptState
-    env_weights: jax.Array
+    log_weights: jax.Array
 
 
 class EnvBatch(NamedTuple):
@@ -184,7 +185,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
 
 
 # (state, batch, penalty weight) to what the optimizer gets, the losses' reports with a
-# leading axis [env], and the new weights of the environments.
+# leading axis [env], and the new log-weights of the environments.
 Gradients = Callable[[State, EnvBatch, jax.Array], tuple[Any, Aux, jax.Array]]
 
 
@@ -256,7 +257,7 @@ def make_gradients(config: TrainConfig) -> Gradients:
                 batch_stats=state.variables.batch_stats,
                 penalty_weight=penalty_weight,
             )
-            return stats, aux, state.env_weights
+            return stats, aux, state.log_weights
 
         return aggregated
 
@@ -269,23 +270,23 @@ def make_gradients(config: TrainConfig) -> Gradients:
             penalty_weight=penalty_weight,
         )
         losses, aux = jax.vmap(loss_fn, (None, 0), axis_name=ENV_AXIS)(params, batch)
-        weights, total = state.env_weights, losses.mean()
+        log_weights, total = state.log_weights, losses.mean()
         if config.method == "vrex":
             penalty = hardvary.objectives.vrex_penalty(losses)
             total = _penalized(total, penalty, penalty_weight)
         if config.method == "group_dro":
             step = config.dro_step_size * jax.lax.stop_gradient(losses)
-            weights = jax.nn.softmax(jnp.log(weights) + step)
-            total = weights @ losses
-        return total, (aux, weights)
+            log_weights = jax.nn.log_softmax(log_weights + step)
+            total = jnp.exp(log_weights) @ losses
+        return total, (aux, log_weights)
 
     def plain(
         state: State, batch: EnvBatch, penalty_weight: jax.Array
     ) -> tuple[Any, Aux, jax.Array]:
-        grads, (aux, weights) = jax.grad(objective, has_aux=True)(
+        grads, (aux, log_weights) = jax.grad(objective, has_aux=True)(
             state.variables.params, state, batch, penalty_weight
         )
-        return grads, aux, weights
+        return grads, aux, log_weights
 
     return plain
 
@@ -312,8 +313,8 @@ def _make_trainer(config: TrainConfig) -> Trainer:
     @jax.jit
     def init(keys: Keys) -> State:
         variables = init_variables(keys.model, architecture_for(config))
-        uniform = jnp.full(config.num_envs, 1 / config.num_envs)
-        return State(variables, optimizer.init(variables.params), uniform)
+        log_weights = jnp.zeros(config.num_envs)
+        return State(variables, optimizer.init(variables.params), log_weights)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def epoch(
@@ -326,14 +327,14 @@ def _make_trainer(config: TrainConfig) -> Trainer:
             split = jax.vmap(_take)(dataset.train, rows)
             dropout_keys = jax.random.split(dropout_key, config.num_envs)
             batch = EnvBatch(*split, envs, dropout_keys)
-            grads, aux, env_weights = gradients(state, batch, penalty_weight)
+            grads, aux, log_weights = gradients(state, batch, penalty_weight)
             params, _ = state.variables
             updates, opt_state = optimizer.update(grads, state.opt_state, params)
             # Taken over all environments together, so the same in each of them.
             batch_stats = jax.tree.map(lambda leaf: leaf[0], aux.batch_stats)
             variables = Variables(optax.apply_updates(params, updates), batch_stats)
             kept = optax.tree.get(opt_state, "kept_fraction", jnp.float32(1))
-            return State(variables, opt_state, env_weights), (
+            return State(variables, opt_state, log_weights), (
                 aux.cross_entropy.mean(),
                 kept,
             )

@@ -88,7 +88,9 @@ def test_main_passes_options_and_the_command_line(call):
         "y",
     ]
     _, (invocation,) = call(*argv)
-    assert invocation.options == Options("cpu", pathlib.Path("a dir"), True, 2)
+    assert invocation.options == Options(
+        preset="cpu", out=pathlib.Path("a dir"), overwrite=True, workers=2
+    )
     assert invocation.config.names == ("x", "y")
     expected = "python -m toy go --out 'a dir' --overwrite --workers 2 --names x y"
     assert invocation.command == expected
@@ -195,3 +197,50 @@ def test_run_path_names_what_differs_from_the_preset(call):
     )
     _, (explicit,) = call("go", "--rate", "2", "--out", "here")
     assert explicit.run_path("toy", "go") == pathlib.Path("here")
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+    """A file in a directory whose name has a colon."""
+    path = tmp_path / "12:30" / "settings.json"
+    path.parent.mkdir()
+    return path
+
+
+def test_main_settings_come_between_preset_and_flags(call, settings_file):
+    settings_file.write_text('{"rate": 3, "names": ["x"], "seed": 7}')
+    arguments = ("--preset", "smoke", "--settings", str(settings_file), "--seed", "8")
+    code, (invocation,) = call("go", *arguments)
+    assert code == 0
+    assert invocation.config == Config(rate=3.0, names=("x",), seed=8)
+    assert type(invocation.config.rate) is float
+    # The default directory's name tells them from the preset's.
+    assert "rate=3.0" in str(invocation.run_path("toy", "run"))
+
+
+def test_main_settings_are_a_part_of_the_file(call, settings_file):
+    settings_file.write_text('{"part": {"seed": 7}}')
+    code, (invocation,) = call("go", "--settings", f"{settings_file}:part")
+    assert code == 0
+    assert invocation.config == Config(seed=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "message"),
+    [
+        ('{"part": 1}', "", "has part, which this command does not know; FILE:KEY"),
+        ('{"part": {"x": 1}}', ":part", "has x, which this command does not know"),
+        ('{"part": 1}', ":part", "must be a JSON object, got 1"),
+        ('{"rate": "fast"}', "", "rate must be float, got 'fast'"),
+        ('{"seed": true}', "", "seed must be int, got True"),
+        ('{"names": "x"}', "", "names must be tuple, got 'x'"),
+        ("{", "", "cannot be read"),
+    ],
+)
+def test_main_settings_that_do_not_fit_exit_2(
+    text, key, message, call, settings_file, capsys
+):
+    settings_file.write_text(text)
+    code, calls = call("go", "--settings", f"{settings_file}{key}")
+    assert (code, calls) == (2, [])
+    assert message in capsys.readouterr().err

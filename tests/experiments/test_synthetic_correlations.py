@@ -21,6 +21,7 @@ from experiments.synthetic.training import dataset_for, make_keys
 
 CONFIG = Settings(**PRESETS["smoke"])
 INPUTS = 2 + CONFIG.shortcut_dims
+SCALE = 0.01
 LEVELS = [0.0, 0.5, 1.0]
 
 
@@ -34,12 +35,13 @@ def signals(split):
     keys = make_keys(0)
     architecture = Architecture(INPUTS, CONFIG.hidden_units, CONFIG.hidden_layers)
     variables = init_variables(keys.model, architecture)
-    return learning_signals(make_apply(architecture), variables, split, keys.batches)
+    apply = make_apply(architecture)
+    return learning_signals(apply, variables, split, keys.batches, SCALE)
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return correlation_rows(CONFIG, (0, 3))
+    return correlation_rows(CONFIG, (0, 3), SCALE)
 
 
 def flat(tree):
@@ -146,7 +148,7 @@ def test_learning_signals_mechanism_does_not_depend_on_the_shortcuts_direction(s
         return features @ params
 
     params = np.zeros(INPUTS, "f")
-    signals = learning_signals(linear, params, split, jax.random.key(0))
+    signals = learning_signals(linear, params, split, jax.random.key(0), SCALE)
     plain = np.abs(np.asarray(signals.original.mean)[2:]).max()
     assert np.abs(signals.mechanism[2:]).max() < plain / 2
     np.testing.assert_allclose(signals.shortcut[2:], signals.original.mean[2:], 1e-5)
@@ -183,7 +185,7 @@ def test_correlation_rows_hold_every_seed_mask_and_threshold(rows):
 
 
 def test_correlation_rows_of_a_seed_do_not_depend_on_the_others(rows):
-    alone = correlation_rows(CONFIG, [3])
+    alone = correlation_rows(CONFIG, [3], SCALE)
     assert [str(row) for row in alone] == [str(r) for r in rows if r["seed"] == 3]
 
 

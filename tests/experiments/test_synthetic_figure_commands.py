@@ -121,12 +121,9 @@ def test_envs_config_every_run_has_the_same_steps_and_examples(preset):
     config = ENVS_PRESETS[preset]
     for run in config.train_configs():
         assert run.num_envs * run.batch_size <= config.examples_per_step
-        steps = run.epochs * run.steps_per_epoch
-        assert config.steps <= steps < config.steps + run.steps_per_epoch
-    if preset == "cpu":
-        for run in config.train_configs():
-            full = run.batch_size == run.examples_per_env
-            assert full or run.num_envs * run.batch_size == config.examples_per_step
+        assert run.epochs * run.steps_per_epoch == config.steps
+        full = run.batch_size == run.examples_per_env
+        assert full or run.num_envs * run.batch_size == config.examples_per_step
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.synthetic import training
 from experiments.synthetic.config import METHODS, PRESETS, TrainConfig
 from experiments.synthetic.data import Split
 from experiments.synthetic.model import (
@@ -20,7 +21,6 @@ from experiments.synthetic.model import (
 )
 from experiments.synthetic.training import (
     EnvBatch,
-    State,
     architecture_for,
     dataset_for,
     domain_loss,
@@ -139,8 +139,8 @@ def test_gradients_group_dro_weighs_the_worst_environments_more():
     logits, labels = numpy_logits(config)
     losses = cross_entropy(logits, labels)
     expected = np.exp(0.5 * losses) / np.exp(0.5 * losses).sum()
-    grads, _, weights = make_gradients(config)(state, batch, jnp.float32(1))
-    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    grads, _, log_weights = make_gradients(config)(state, batch, jnp.float32(1))
+    np.testing.assert_allclose(np.exp(log_weights), expected, rtol=1e-5)
     apply = make_apply(architecture_for(config))
 
     def objective(variables):
@@ -151,9 +151,10 @@ def test_gradients_group_dro_weighs_the_worst_environments_more():
     assert_close(grads, jax.grad(objective)(state.variables).params)
     # The weights carry over from step to step.
     _, _, again = make_gradients(config)(
-        state._replace(env_weights=weights), batch, jnp.float32(1)
+        state._replace(log_weights=log_weights), batch, jnp.float32(1)
     )
-    np.testing.assert_allclose(again, expected**2 / (expected**2).sum(), rtol=1e-4)
+    squared = expected**2 / (expected**2).sum()
+    np.testing.assert_allclose(np.exp(again), squared, rtol=1e-4)
 
 
 def test_epoch_penalty_counts_fully_only_after_annealing():
@@ -309,10 +310,63 @@ def test_epoch_dropout_differs_between_steps_and_seeds_repeat_it():
     assert np.abs(after(keys) - after(other)).max() > 1e-3
 
 
-def test_state_of_plain_methods_keeps_uniform_weights():
-    state = some_state(small(method="erm"))
-    assert isinstance(state, State)
-    np.testing.assert_allclose(state.env_weights, 0.25)
+def test_epoch_every_environment_and_step_has_a_dropout_key_of_its_own(monkeypatch):
+    config = small(method="erm", dropout=0.25)
+    seen = []
+
+    def recording(config):
+        apply = make_train_apply(architecture_for(config))
+
+        def loss(params, batch, *, batch_stats, penalty_weight):
+            data = jax.random.key_data(batch.dropout_key)
+            jax.debug.callback(lambda key: seen.append(tuple(key.tolist())), data)
+            variables = Variables(params, batch_stats)
+            outputs, stats = apply(variables, batch.features, batch.dropout_key, 0.0)
+            value = outputs.logits.mean()
+            return value, training.Aux(value, stats)
+
+        return loss
+
+    monkeypatch.setattr(training, "make_env_loss", recording)
+    trainer = training._make_trainer.__wrapped__(config)
+    keys, dataset = make_keys(0), dataset_for(config, 0)
+    state = trainer.init(keys)
+    for epoch in range(2):
+        state, _ = trainer.epoch(state, dataset, keys, epoch)
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    assert len(seen) == 2 * config.steps_per_epoch * config.num_envs
+    assert len(set(seen)) == len(seen)
+
+
+def test_epoch_running_statistics_carry_over_from_step_to_step():
+    config = small(method="erm", batch_norm=True, learning_rate=1e-12)
+    trainer, keys = make_trainer(config), make_keys(0)
+    dataset = dataset_for(config, 0)
+    state = trainer.init(keys)
+    apply = make_train_apply(architecture_for(config))
+    rows = training.epoch_order(jax.random.fold_in(keys.batches, 0), config)
+    variables = state.variables
+    for step_rows in rows:  # parameters stand still at this learning rate
+        features = jax.vmap(lambda x, r: x[r])(dataset.train.features, step_rows)
+        _, stats = jax.vmap(
+            lambda x, v=variables: apply(v, x, jax.random.key(0), 0.0),
+            axis_name=ENV_AXIS,
+        )(features)
+        variables = variables._replace(
+            batch_stats=jax.tree.map(lambda leaf: leaf[0], stats)
+        )
+    state, _ = trainer.epoch(state, dataset, keys, 0)
+    assert len(rows) > 1
+    assert_close(state.variables.batch_stats, variables.batch_stats)
+
+
+def test_state_of_plain_methods_keeps_equal_weights():
+    config = small(method="erm")
+    keys, dataset = make_keys(0), dataset_for(config, 0)
+    trainer = make_trainer(config)
+    state, _ = trainer.epoch(trainer.init(keys), dataset, keys, 0)
+    np.testing.assert_array_equal(state.log_weights, 0)
 
 
 def assert_close(first, second):

@@ -339,11 +339,19 @@ def test_search_killed_at_random_and_resumed_by_two_workers_has_every_trial_once
     [
         ("nowhere.json", "cannot be read"),
         ("{path}:magic", "has no 'magic'"),
+        ("{path}.text", "hidden_units must be int, got '256'"),
+        ("{path}.flag", "batch_norm must be bool, got 'no'"),
+        ("{path}.float", "epochs must be int, got 2.5"),
         ("{path}", "training, which this command does not know"),
     ],
 )
 def test_settings_that_are_not_there_exit_2(source, message, searched, capsys):
     source = source.format(path=searched / "selected.json")
+    wrong = {".text": "hidden_units", ".flag": "batch_norm", ".float": "epochs"}
+    values = {".text": "256", ".flag": "no", ".float": 2.5}
+    for end, field in wrong.items():
+        path = searched / f"selected.json{end}"
+        path.write_text(json.dumps({field: values[end]}))
     assert synthetic("train", "--settings", source) == 2
     assert message in capsys.readouterr().err
 
