@@ -183,6 +183,13 @@ def test_figure_7_needs_no_training(tmp_path):
     assert_redraws_to_the_same_bytes(7, path, tmp_path / "again")
 
 
+def test_figure_6_does_not_pass_another_presets_runs_for_its_own(selected, capsys):
+    arguments = ("--methods", "erm", "and_mask", "--many", "and_mask")
+    many = ("--many-seeds", 0, 2, "--seeds", 0, 1, "--selected", "None")
+    assert figure(6, "--preset", "cpu", *arguments, *many, "--out", selected) == 2
+    assert "settings" in capsys.readouterr().err
+
+
 def test_figure_finished_is_not_made_again(selected, capsys):
     arguments = ("--methods", "erm", "and_mask", "--many", "and_mask")
     many = ("--many-seeds", 0, 2)
@@ -215,6 +222,12 @@ def test_figure_from_a_directory_without_its_csv_exits_2(number, tmp_path, capsy
     (tmp_path / f"figure{number}.csv").write_text("method,seed\n")
     assert figure(number, "--from", tmp_path) == 2
     assert "has no rows" in capsys.readouterr().err
+    assert figure(number, "--from", tmp_path / f"figure{number}.csv") == 2
+    assert "name the directory" in capsys.readouterr().err
+    (tmp_path / f"figure{number}.csv").write_text("colour\nblue\n")
+    assert figure(number, "--from", tmp_path) == 2
+    assert "it is not of this figure" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_figure_from_draws_beside_the_csv_without_out(selected, tmp_path):

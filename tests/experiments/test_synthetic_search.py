@@ -299,6 +299,13 @@ def test_search_same_seed_repeats_its_trials_and_more_continue_them(searched, tm
     assert without_times(other) != without_times(searched)[:2]
 
 
+def test_search_finished_refuses_fewer_trials_and_counts_its_sessions(searched, capsys):
+    assert synthetic("search", *SHORT, "--trials", 3, "--out", searched) == 2
+    assert "has 4 finished trials already" in capsys.readouterr().err
+    assert json.loads((searched / "manifest.json").read_text())["sessions"] == 1
+    assert "trials" not in json.loads((searched / "config.json").read_text())["config"]
+
+
 def test_search_settings_reach_train_through_the_settings_flag(searched, tmp_path):
     source = f"{searched / 'selected.json'}:held_out"
     arguments = ("--preset", "smoke", "--settings", source, "--epochs", 2)
@@ -307,6 +314,7 @@ def test_search_settings_reach_train_through_the_settings_flag(searched, tmp_pat
     selected = json.loads((searched / "selected.json").read_text())["held_out"]
     assert config.items() >= selected.items()
     assert config["epochs"] == 2
+    assert selected["schedule"] == "step"
 
 
 def test_search_killed_at_random_and_resumed_by_two_workers_has_every_trial_once(
@@ -371,3 +379,17 @@ def test_search_two_directories_share_a_storage(tmp_path):
     # The second found both trials there.
     tables = [(tmp_path / n / "trials.csv").read_bytes() for n in ("first", "second")]
     assert tables[0] == tables[1]
+
+
+def test_search_space_with_batches_beyond_an_environment_exits_2(tmp_path, capsys):
+    arguments = ("--examples-per-env", 32, "--out", tmp_path / "run")
+    assert synthetic("search", *SHORT, *arguments) == 2
+    assert "must be at least 64, the largest batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate", "--oracle", "--max-rescale"])
+def test_search_what_trials_draw_is_no_flag(flag, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        synthetic("search", flag, "1")
+    assert exit_.value.code == 2
+    assert flag in capsys.readouterr().err
