@@ -6,6 +6,7 @@ import collections
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -64,7 +65,7 @@ SEEDS_FIGURE = "seeds.png"
 TRIALS_TABLE = "trials.csv"
 SELECTED = "selected.json"
 SELECTED_FIGURES = ("figure6", "figure14")
-SELECTED_COLUMNS = ("method", "seed", *METRICS)
+SELECTED_COLUMNS = ("method", "run", "seed", *METRICS)
 ENVS_COLUMNS = ("method", "num_envs", "threshold", "seed", "epochs", *METRICS)
 DRAWINGS: dict[str, Callable[[Sequence[Mapping[str, Any]]], Figure]] = {
     "figure6": draw_accuracies,
@@ -336,10 +337,12 @@ def selected_figure(
             ]
             outcomes = _run_jobs(jobs, options.workers)
             results = [outcome.result for outcome in outcomes]
+            bars = [{**result, "run": ""} for result in results]
+            bars += _rerun_rows(config.reruns)
             _finish_figures(
                 run,
                 {
-                    "figure6": _columns(results, SELECTED_COLUMNS),
+                    "figure6": _columns(bars, SELECTED_COLUMNS),
                     "figure14": learning_curves(outcomes),
                 },
                 {
@@ -370,6 +373,17 @@ def selected_settings(
     if settings["method"] != method:
         raise RunDirError(f"{source} is of {settings['method']}, not of {method}")
     return settings
+
+
+def _rerun_rows(reruns: Sequence[str]) -> list[dict[str, Any]]:
+    """The seeds of other runs, each LABEL=FILE; what a file does not have is NaN."""
+    rows = []
+    for rerun in reruns:
+        label, _, file = rerun.partition("=")
+        for row in read_table(Path(file)):
+            known = {"run": label, **dict.fromkeys(METRICS, math.nan), **row}
+            rows.append({**known, "seed": int(row["seed"])})
+    return rows
 
 
 def learning_curves(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -346,12 +346,17 @@ class SelectedConfig:
     """Methods with more seeds (the paper's are these two)."""
     many_seeds: tuple[int, int] = (0, 49)
     """First and last seed of those."""
+    reruns: tuple[str, ...] = ()
+    """Tables of reruns to show beside the methods in figure 6, as LABEL=FILE."""
 
     def __post_init__(self) -> None:
         _require_methods("methods", self.methods)
         for method in self.many:
             require_choice("many", method, METHODS)
         require_choice("rule", self.rule, RULES)
+        for rerun in self.reruns:
+            label, _, file = rerun.partition("=")
+            require("reruns", rerun, bool(label and file), "given as LABEL=FILE")
         _require_seeds(self.seeds)
         _require_seeds(self.many_seeds)
 

@@ -208,18 +208,21 @@ def draw_accuracies(rows: Sequence[Row]) -> Figure:
     """Training and test accuracy of every method, a dot for each seed (figure 6).
 
     Args:
-      rows: `method`, `seed`, `train_accuracy` and `test_accuracy` after training.
+      rows: `method`, `seed`, `train_accuracy` and `test_accuracy` after training, and
+        `run`: the label of another run of the method, shown on its own, or "".
     """
     use_style()
-    methods = _methods(rows)
-    figure = Figure(figsize=(1.5 + 1.35 * len(methods), 5.2), layout="constrained")
+    bars: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        bars.setdefault((row["method"], row["run"]), []).append(row)
+    figure = Figure(figsize=(1.5 + 1.35 * len(bars), 5.2), layout="constrained")
     axes = figure.add_subplot()
-    for index, method in enumerate(methods):
+    for index, ((method, _), own) in enumerate(bars.items()):
         for offset, name, alpha in (
             (-0.2, "train_accuracy", 0.3),
             (0.2, "test_accuracy", 1.0),
         ):
-            values = np.array([row[name] for row in rows if row["method"] == method])
+            values = np.array([row[name] for row in own])
             x, color = index + offset, METHOD_COLORS[method]
             axes.bar(x, values.mean(), 0.38, color=color, alpha=alpha)
             spread = np.linspace(-0.13, 0.13, len(values)) if len(values) > 1 else 0
@@ -243,15 +246,11 @@ def draw_accuracies(rows: Sequence[Row]) -> Figure:
         fontsize=11,
         color="0.3",
     )
-    seeds = {m: sum(row["method"] == m for row in rows) for m in methods}
-    axes.set_xticks(
-        range(len(methods)),
-        [
-            f"{METHOD_LABELS[m].replace(' ', chr(10))}\n{seeds[m]} seeds"
-            for m in methods
-        ],
-        fontsize=12,
-    )
+    labels = [
+        f"{METHOD_LABELS[method].replace(' ', chr(10), 1)}\n{len(own)} seeds\n{run}"
+        for (method, run), own in bars.items()
+    ]
+    axes.set_xticks(range(len(bars)), labels, fontsize=12)
     axes.set(ylim=(0, 1.1), ylabel="Accuracy", yticks=np.linspace(0, 1, 6))
     axes.grid(False, axis="x")
     percent_axis(axes)

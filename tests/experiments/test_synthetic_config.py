@@ -102,6 +102,7 @@ def test_train_config_batch_norm_needs_all_environments_at_once():
         (SelectedConfig, "many", ("magic",), "one of erm"),
         (SelectedConfig, "rule", "test", "one of training, held_out, oracle"),
         (SelectedConfig, "seeds", (2, 1), "in ascending order"),
+        (SelectedConfig, "reruns", ("seeds.csv",), "given as LABEL=FILE"),
         (SelectedConfig, "many_seeds", (2, 1), "in ascending order"),
         (CorrelationsConfig, "logit_scale", 0.0, "positive and finite"),
         (CorrelationsConfig, "seeds", (2, 1), "in ascending order"),

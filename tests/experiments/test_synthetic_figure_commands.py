@@ -165,12 +165,31 @@ def test_draw_envs_shows_the_threshold_that_is_best_on_held_out_environments():
 
 def test_draw_accuracies_bars_are_means_and_dots_are_seeds():
     rows = [
-        {"method": "erm", "seed": s, "train_accuracy": 1.0, "test_accuracy": t}
-        for s, t in enumerate((0.4, 0.6))
+        {"method": "erm", "run": run, "seed": s, "train_accuracy": 1.0, **test}
+        for run, test_accuracies in (("", (0.4, 0.6)), ("large", (0.8,)))
+        for s, accuracy in enumerate(test_accuracies)
+        for test in [{"test_accuracy": accuracy}]
     ]
     [axes] = draw_accuracies(rows).axes
-    assert [bar.get_height() for bar in axes.patches] == [1.0, 0.5]
+    assert [bar.get_height() for bar in axes.patches] == [1.0, 0.5, 1.0, 0.8]
     assert len(axes.collections[1].get_offsets()) == 2
+    assert "large" in axes.get_xticklabels()[1].get_text()
+
+
+def test_figure_6_shows_reruns_beside_the_methods(tmp_path):
+    table, path = tmp_path / "seeds.csv", tmp_path / "run"
+    table.write_text("method,seed,train_accuracy,test_accuracy\nand_mask,7,1,0.75\n")
+    reruns = ("--reruns", f"large={table}")
+    arguments = ("--methods", "erm", "--seeds", 0, 0, *reruns, "--out", path)
+    assert figure(6, *TINY, *arguments) == 0
+    rows = read_csv(path / "figure6.csv")
+    assert [(row["method"], row["run"], row["seed"]) for row in rows] == [
+        ("erm", "", "0"),
+        ("and_mask", "large", "7"),
+    ]
+    assert float(rows[1]["test_accuracy"]) == 0.75
+    assert rows[1]["loss"] == "nan"
+    assert_redraws_to_the_same_bytes(6, path, tmp_path / "again")
 
 
 def test_figure_7_needs_no_training(tmp_path):
