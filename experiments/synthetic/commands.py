@@ -322,6 +322,7 @@ def selected_figure(
         method: selected_settings(config, method, options.preset)
         for method in config.methods
     }
+    reruns = _rerun_rows(config.reruns)  # before hours of training, not after
     identity = {**dataclasses.asdict(config), "settings": settings}
     with _figure_dir(path, "selected", call, identity, SELECTED_FIGURES) as run:
         announce(run)
@@ -338,7 +339,7 @@ def selected_figure(
             outcomes = _run_jobs(jobs, options.workers)
             results = [outcome.result for outcome in outcomes]
             bars = [{**result, "run": ""} for result in results]
-            bars += _rerun_rows(config.reruns)
+            bars += reruns
             _finish_figures(
                 run,
                 {
@@ -376,11 +377,17 @@ def selected_settings(
 
 
 def _rerun_rows(reruns: Sequence[str]) -> list[dict[str, Any]]:
-    """The seeds of other runs, each LABEL=FILE; what a file does not have is NaN."""
+    """The seeds of other runs, each LABEL=FILE; what a file does not have is NaN.
+
+    Raises:
+      RunDirError: a file is not there or is no table of seeds.
+    """
     rows = []
     for rerun in reruns:
         label, _, file = rerun.partition("=")
         for row in read_table(Path(file)):
+            if not row.keys() >= {"method", "seed", "train_accuracy", "test_accuracy"}:
+                raise RunDirError(f"{file} is not a table of seeds: rerun writes one")
             known = {"run": label, **dict.fromkeys(METRICS, math.nan), **row}
             rows.append({**known, "seed": int(row["seed"])})
     return rows
@@ -519,7 +526,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         reader = csv.DictReader(io.StringIO(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise RunDirError(
-            f"{path} is not there: name the directory of a finished figure with --from"
+            f"{path} is not there: --from takes the directory of a finished figure, "
+            "--reruns a table of seeds"
         ) from None
     rows = [{name: value(text) for name, text in row.items()} for row in reader]
     if not rows:

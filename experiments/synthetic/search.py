@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import optuna
 
 from experiments.common.run_dir import RunDirError
@@ -66,7 +67,8 @@ class Objective:
         report_every = math.ceil(config.epochs / REPORTS)
         for epoch in range(config.epochs):
             state, metrics = trainer.epoch(state, dataset, keys, epoch)
-            values = {name: float(metrics[name]) for name in RECORDED}
+            fetched = jax.device_get(metrics)  # at once, not one by one
+            values = {name: float(fetched[name]) for name in RECORDED}
             # Before its penalty counts, a method is plain averaging.
             counts = config.method not in PENALIZED or epoch >= config.penalty_annealing
             done = done + 1 if counts and self.is_done(values) else 0

@@ -234,6 +234,19 @@ def test_figure_overwrite_discards_every_part(tmp_path, monkeypatch):
     assert not list(path.rglob("summary.json"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "--reruns a table of seeds"), ("a,b\n1,2\n", "is not a table of seeds")],
+)
+def test_figure_6_wrong_reruns_exit_2_before_anything(text, message, tmp_path, capsys):
+    table, path = tmp_path / "seeds.csv", tmp_path / "run"
+    if text is not None:
+        table.write_text(text)
+    assert figure(6, *TINY, "--reruns", f"large={table}", "--out", path) == 2
+    assert message in capsys.readouterr().err
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("number", [6, 7, 14, 15])
 def test_figure_from_a_directory_without_its_csv_exits_2(number, tmp_path, capsys):
     assert figure(number, "--from", tmp_path) == 2
@@ -242,7 +255,7 @@ def test_figure_from_a_directory_without_its_csv_exits_2(number, tmp_path, capsy
     assert figure(number, "--from", tmp_path) == 2
     assert "has no rows" in capsys.readouterr().err
     assert figure(number, "--from", tmp_path / f"figure{number}.csv") == 2
-    assert "name the directory" in capsys.readouterr().err
+    assert "takes the directory" in capsys.readouterr().err
     (tmp_path / f"figure{number}.csv").write_text("colour\nblue\n")
     assert figure(number, "--from", tmp_path) == 2
     assert "it is not of this figure" in capsys.readouterr().err
