@@ -4,7 +4,7 @@ AND-masks as optax transformations, and the gradient oracles that feed them, aft
 *Learning explanations that are hard to vary* (Parascandolo et al., ICLR 2021).
 """
 
-from hardvary import objectives
+from hardvary import consistency, objectives
 from hardvary._aggregator import AggregatorState
 from hardvary._and_mask import and_mask, xor_mask
 from hardvary._decay import add_l1_decay
@@ -36,6 +36,7 @@ __all__ = [
     "add_l1_decay",
     "agreement",
     "and_mask",
+    "consistency",
     "explain",
     "geometric_mean",
     "grad_stats",

@@ -202,6 +202,15 @@ class Operation(Site):
         return [env[self.inputs[i]] for i in self._saved]
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many of a `scan` equation's inputs are constants, and how many carries."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    # Since jax 0.11.
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
 class Loop(Site):
     """A `lax.scan` with parameters among its constants or what it runs over."""
 
@@ -216,7 +225,7 @@ class Loop(Site):
         params = eqn.params
         self._eqn, self._outputs, self._body = eqn, outputs, body
         self._length: int = params["length"]
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries = scan_counts(eqn)
         fixed = [*range(consts), *(consts + i for i in invariant)]
         moving = [i for i in range(carries) if i not in invariant]
         self._fixed = [(body.inputs[i], inputs[i]) for i in fixed]
@@ -297,9 +306,8 @@ class Loop(Site):
             body.run_hoisted(inside)
             saved = body.run(inside, zeros)
             results = [inside[atom] for atom in body.outputs]
-            carries = params["num_carry"]
             carry = [results[i] for i in self._moving]
-            return carry, (results[carries:], saved)
+            return carry, (results[len(self._init) :], saved)
 
         carry = [jnp.asarray(env[atom]) for _, atom in self._carry]
         carry, (ys, saved) = jax.lax.scan(
@@ -312,7 +320,7 @@ class Loop(Site):
         )
         final = dict(zip(self._moving, carry, strict=True))
         final |= {i: env[self._init[i]] for i in self._invariant}
-        results = [final[i] for i in range(params["num_carry"])] + list(ys)
+        results = [final[i] for i in range(len(self._init))] + list(ys)
         for value, result in zip(self._outputs, results, strict=True):
             env[value] = result
         return saved
@@ -494,9 +502,9 @@ class _Builder:
         return list(outputs)
 
     def _loop(self, eqn: Any, inputs: list[Atom], outputs: list[Value]) -> list[Atom]:
-        params, closed = eqn.params, eqn.params["jaxpr"]
+        closed = eqn.params["jaxpr"]
         jaxpr = closed.jaxpr
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries = scan_counts(eqn)
         invariant = [
             i
             for i in range(carries)

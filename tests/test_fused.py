@@ -175,8 +175,9 @@ def test_fused_stats_as_on_an_accelerator_equal_stacked_gradients(name, monkeypa
 
 @pytest.mark.parametrize("num_envs", [1, 31, 32, 33, 127, 128, 129, 256, 300])
 def test_signs_counted_in_words_and_parts_equal_the_definition(num_envs):
+    # Scaled, because a saturated tanh has gradients whose sign is a matter of rounding.
     def loss(w, x):
-        return jnp.sum(jnp.tanh(x @ w))
+        return jnp.sum(jnp.tanh(0.1 * x @ w))
 
     w, x = floats(30, 20), floats(num_envs, 30, seed=1).at[:, ::3].set(0)
     stats = jax.jit(hardvary.grad_stats(loss))(w, x)

@@ -11,6 +11,7 @@ S is the time of all N, L the loss of the first.
 """
 
 import itertools
+import re
 import warnings
 from collections import OrderedDict
 
@@ -19,6 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch_peer import WAYS, agreeing, binary_cross_entropy, make_model, serve
+
+LAYER = re.compile(r"(?P<layer>(?:.*\.)?layers\.(?P<index>\d+))\.kernel\.value$")
 
 
 def make_cnn(channels, inputs):
@@ -162,10 +165,14 @@ def to_torch(path, leaf):
 
 def dense(params, activation):
     """An MLP that has its weights already."""
-    count = 1 + max(int(path.split(".")[1]) for path in params)
+    layers = {
+        int(match["index"]): match["layer"]
+        for match in map(LAYER.match, params)
+        if match is not None
+    }
     weights = [
-        params[f"layers.{index}.{kind}.value"]
-        for index in range(count)
+        params[f"{layers[index]}.{kind}.value"]
+        for index in sorted(layers)
         for kind in ("kernel", "bias")
     ]
     return make_model(weights, activation)

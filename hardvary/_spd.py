@@ -1,0 +1,477 @@
+"""Symmetric positive definite matrices: their mean, and Hessians that disagree."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hardvary import _validate
+
+# More than any input took that float64 can represent; see tests/test_spd.py.
+MAX_ITERATIONS = 2000
+
+
+def karcher_mean(matrices: Any) -> jax.Array:
+    r"""Geometric mean of symmetric positive definite matrices.
+
+    The :math:`X` with
+
+    .. math:: \sum_e \log(X^{-1/2} A_e X^{-1/2}) = 0,
+
+    which is also the point whose squared Riemannian distances to all :math:`A_e` have
+    the smallest sum. For matrices that commute it has the geometric means of their
+    eigenvalues; for two matrices it is
+    :math:`A^{1/2} (A^{-1/2} B A^{-1/2})^{1/2} A^{1/2}`. It is what the mean of
+    gradients becomes when the AND of environments replaces their OR: a direction is
+    steep in it only if it is steep in all.
+
+    Args:
+      matrices: floating `[..., env, n, n]`, symmetric and positive definite. Axes
+        before the environments' are a batch.
+
+    Returns:
+      `[..., n, n]` in the dtype of the matrices; float16 and bfloat16 are computed in
+      float32. In float64 the sum above has a norm below 1e-10 times the sum of the
+      norms of its terms, for condition numbers up to 1e8. First derivatives, forward
+      and reverse, are those of the implicit function.
+
+    Raises:
+      TypeError: matrices that are not real floating.
+      ValueError: not of shape `[..., env, n, n]`, no environment; (concrete values
+        only) not symmetric, not positive definite or not finite.
+
+    Edge cases:
+      ======================================  ======================================
+      one matrix                              itself
+      not positive definite, while tracing    NaN
+      condition number beyond 1 / eps         NaN: the Cholesky factor does not exist
+      second derivatives                      not defined for repeated eigenvalues
+      ======================================  ======================================
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> matrices = jnp.stack([jnp.diag(jnp.array([1.0, 9.0])), 4.0 * jnp.eye(2)])
+      >>> print(hardvary.consistency.karcher_mean(matrices).round(3))
+      [[2. 0.]
+       [0. 6.]]
+
+    References:
+      Parascandolo et al., ICLR 2021, section 2.3. Ando, Li and Mathias, `Geometric
+      means <https://doi.org/10.1016/j.laa.2003.11.019>`_, 2004. The length of a step
+      is that of Bini and Iannazzo, `Computing the Karcher mean of symmetric positive
+      definite matrices <https://doi.org/10.1016/j.laa.2011.08.052>`_, 2013.
+    """
+    matrices = _hessians("karcher_mean", matrices, "matrices", definite=True)
+    wide = matrices.astype(_validate.wide(matrices.dtype))
+    mean = jnp.vectorize(_karcher, signature="(e,n,n)->(n,n)")(_symmetric(wide))
+    return mean.astype(matrices.dtype)
+
+
+def quadratic_inconsistency(hessians: Any, epsilon: Any) -> jax.Array:
+    r"""Inconsistency score of a minimum that all environments share, exactly.
+
+    .. math::
+
+      I_\epsilon = \epsilon \max_{e, e'} \max_{v}
+          \frac{v^\top H_{e'} v}{v^\top H_e v}
+        = \epsilon \max_{e, e'} \lambda_{\max}(H_e^{-1} H_{e'})
+
+    for losses :math:`L_e(\theta) = L^* + \frac12 (\theta - \theta^*)^\top H_e (\theta -
+    \theta^*)`: how far the loss of one environment can rise while that of another
+    changes by no more than :math:`\epsilon`.
+
+    Args:
+      hessians: floating `[..., env, n, n]`, symmetric and positive semidefinite. Axes
+        before the environments' are a batch.
+      epsilon: :math:`\epsilon` > 0, in units of the loss; may be traced.
+
+    Returns:
+      `[...]` in the dtype of the Hessians (float32 at least): `epsilon` where all
+      Hessians are equal and more where they differ; infinite where one is flat in a
+      direction in which another is not. A direction counts as flat where the curvature
+      is below rounding: n * eps times the largest.
+
+    Raises:
+      TypeError: Hessians that are not real floating, an epsilon that is no real scalar.
+      ValueError: Hessians not of shape `[..., env, n, n]`, no environment; (concrete
+        values only) not symmetric, not positive semidefinite or not finite, an epsilon
+        that is not positive.
+
+    Edge cases:
+      ======================================  ======================================
+      flat in the same directions             the score of the others
+      all zero                                0: no loss ever changes
+      one environment                         `epsilon`
+      negative curvature, while tracing       NaN
+      ======================================  ======================================
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> hessians = jnp.array([[[2.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 5.0]]])
+      >>> float(hardvary.consistency.quadratic_inconsistency(hessians, 0.1))
+      0.5
+
+    References:
+      Parascandolo et al., ICLR 2021, section 2 and appendix A; there for two Hessians
+      with common eigenvectors.
+    """
+    hessians = _hessians("quadratic_inconsistency", hessians, "hessians")
+    _validate.at_least("epsilon", epsilon, 0.0, strict=True)
+    return _scaled(_largest_ratio, hessians, epsilon)
+
+
+def determinant_bound(hessians: Any, epsilon: Any) -> jax.Array:
+    r"""Bound on the inconsistency by an arithmetic and a geometric mean.
+
+    .. math::
+
+      I_\epsilon \le 2 \epsilon \Big(2 \Big(\frac{\det H_+}{\det H_\wedge}\Big)^{k}
+          - 1\Big)
+
+    with the arithmetic mean :math:`H_+` and the geometric mean :math:`H_\wedge` (see
+    `karcher_mean`) of :math:`k` Hessians. The paper's Proposition 3, for :math:`k = 2`,
+    has :math:`2 \epsilon (\det H_+ / \det H_\wedge)^2`. That is no bound: one parameter
+    with curvatures 10 and 1 has the score :math:`10 \epsilon`, and it gives
+    :math:`6.05 \epsilon`. Both are :math:`2 \epsilon` for equal Hessians.
+
+    Why this one holds: for one parameter, two curvatures :math:`r` and 1 have
+    :math:`(\det H_+ / \det H_\wedge)^2 = (r + 2 + 1/r) / 4`, so that the right side is
+    :math:`\epsilon (r + 1/r)`. Two Hessians are diagonal in a common basis (of
+    congruence, which leaves both sides as they are) and every other parameter's factor
+    is at least 1. Further environments raise the ratio to the k-th power least when
+    they equal the mean of the two, and then leave it as it is.
+
+    Args:
+      hessians: floating `[..., env, n, n]`, symmetric and positive semidefinite. Axes
+        before the environments' are a batch.
+      epsilon: :math:`\epsilon` > 0, in units of the loss; may be traced.
+
+    Returns:
+      `[...]` in the dtype of the Hessians (float32 at least), computed from logarithms
+      of determinants: only a bound that is too large itself is infinite. Infinite also
+      where one Hessian is flat in a direction in which another is not; directions in
+      which all are flat are left out.
+
+    Raises:
+      TypeError: Hessians that are not real floating, an epsilon that is no real scalar.
+      ValueError: Hessians not of shape `[..., env, n, n]`, no environment; (concrete
+        values only) not symmetric, not positive semidefinite or not finite, an epsilon
+        that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> hessians = jnp.array([[[10.0]], [[1.0]]])
+      >>> round(float(hardvary.consistency.determinant_bound(hessians, 1.0)), 3)
+      10.1
+      >>> round(float(hardvary.consistency.quadratic_inconsistency(hessians, 1.0)), 3)
+      10.0
+
+    References:
+      Parascandolo et al., ICLR 2021, Proposition 3.
+    """
+    hessians = _hessians("determinant_bound", hessians, "hessians")
+    _validate.at_least("epsilon", epsilon, 0.0, strict=True)
+    return _scaled(_determinant_ratio, hessians, epsilon)
+
+
+def _scaled(
+    score: Callable[[jax.Array], jax.Array], hessians: jax.Array, epsilon: Any
+) -> jax.Array:
+    wide = _symmetric(hessians.astype(_validate.wide(hessians.dtype)))
+    value = jnp.vectorize(score, signature="(e,n,n)->()")(wide)
+    return jnp.asarray(epsilon, value.dtype) * value
+
+
+def _hessians(
+    name: str, matrices: Any, what: str, *, definite: bool = False
+) -> jax.Array:
+    """`matrices` as an array, checked as the docstrings above say."""
+    array = jnp.asarray(matrices)
+    _validate.real_floating(array, f"{name}: {what}")
+    shape = array.shape
+    if array.ndim < 3 or shape[-1] != shape[-2] or 0 in shape[-3:]:
+        raise ValueError(
+            f"{name}: {what} must have shape [..., env, n, n] with at least one "
+            f"environment and one row, got shape {shape}"
+        )
+    if isinstance(array, jax.core.Tracer):
+        return array
+    values = np.asarray(array, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: {what} must be finite, got {values.tolist()}")
+    values = values.reshape(-1, *shape[-2:])
+    slack = shape[-1] * float(jnp.finfo(array.dtype).eps)
+    for index, matrix in enumerate(values):
+        where = tuple(int(i) for i in np.unravel_index(index, shape[:-2]))
+        size = np.abs(matrix).max()
+        if np.abs(matrix - matrix.T).max() > 8 * slack * size:
+            raise ValueError(
+                f"{name}: {what} must be symmetric; the one at {where} differs from "
+                f"its transpose by {np.abs(matrix - matrix.T).max():.3g}"
+            )
+        smallest = np.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
+        if definite and not smallest > 0:
+            raise ValueError(
+                f"{name}: {what} must be positive definite; the one at {where} has "
+                f"the eigenvalue {smallest:.3g}: add a multiple of the identity, or "
+                "leave its flat directions out"
+            )
+        if smallest < -8 * slack * size:
+            raise ValueError(
+                f"{name}: {what} must be positive semidefinite, as at a minimum; the "
+                f"one at {where} has the eigenvalue {smallest:.3g}"
+            )
+    return array
+
+
+def _symmetric(matrices: jax.Array) -> jax.Array:
+    return (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
+
+
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without the accelerators' short cuts for float32 matrix products."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args)
+
+    return wrapped
+
+
+# Scores of Hessians [env, n, n], for an epsilon of 1.
+
+
+def _flat(eigenvalues: jax.Array) -> jax.Array:
+    size = jnp.max(jnp.abs(eigenvalues))
+    return eigenvalues <= len(eigenvalues) * jnp.finfo(eigenvalues.dtype).eps * size
+
+
+def _whitener(hessian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`W` with W' hessian W the identity where it is not flat.
+
+    Returns:
+      `W` [n, n], with zeros for columns of flat directions; those directions [n, n],
+      with zeros for the others; which they are [n].
+    """
+    eigenvalues, vectors = jnp.linalg.eigh(hessian)
+    slack = 8 * len(eigenvalues) * jnp.finfo(eigenvalues.dtype).eps
+    indefinite = eigenvalues[0] < -slack * jnp.max(jnp.abs(eigenvalues))
+    eigenvalues = jnp.where(indefinite, jnp.nan, eigenvalues)
+    flat = _flat(eigenvalues)
+    scale = jnp.where(flat, 0.0, jax.lax.rsqrt(jnp.where(flat, 1.0, eigenvalues)))
+    return vectors * scale[None, :], jnp.where(flat[None, :], vectors, 0.0), flat
+
+
+@_exactly
+def _largest_ratio(hessians: jax.Array) -> jax.Array:
+    def pair(hessian: jax.Array, other: jax.Array) -> jax.Array:
+        whitener, flat_vectors, _ = _whitener(hessian)
+        ratio = jnp.linalg.eigvalsh(_symmetric(whitener.T @ other @ whitener))[-1]
+        leak = jnp.max(jnp.sum(flat_vectors * (other @ flat_vectors), axis=0))
+        tiny = 8 * len(other) * jnp.finfo(other.dtype).eps * jnp.max(jnp.abs(other))
+        return jnp.where(leak > tiny, jnp.inf, ratio)
+
+    over_others = jax.vmap(pair, (None, 0))
+    return jnp.max(jax.vmap(over_others, (0, None))(hessians, hessians))
+
+
+@_exactly
+def _determinant_ratio(hessians: jax.Array) -> jax.Array:
+    whitener, _, flat = _whitener(jnp.mean(hessians, axis=0))
+
+    def log_det(hessian: jax.Array) -> jax.Array:
+        # The arithmetic mean is the identity here, and its log-determinant 0.
+        white = whitener.T @ hessian @ whitener + jnp.diag(flat.astype(hessian.dtype))
+        eigenvalues = jnp.linalg.eigvalsh(_symmetric(white))
+        singular = _flat(eigenvalues)
+        return jnp.sum(jnp.log(jnp.where(singular, 0.0, eigenvalues)))
+
+    # Rounding must not make the ratio less than 1.
+    log_ratio = jnp.maximum(-jnp.sum(jax.vmap(log_det)(hessians)), 0.0)
+    return 2 * jnp.exp(log_ratio + jnp.log(2 - jnp.exp(-log_ratio)))
+
+
+# The Karcher mean of matrices [env, n, n].
+
+
+def _karcher_fixed_point(matrices: jax.Array) -> jax.Array:
+    factors = jax.vmap(_cholesky)(matrices)
+    dtype, size = matrices.dtype, matrices.shape[-1]
+    tolerance = 4 * size * jnp.finfo(dtype).eps
+
+    def step(state: Any) -> Any:
+        factor, _, best, stale, iteration = state
+        vectors, logs = _logs(factor, factors)
+        total = jnp.einsum("eij,ej,ekj->ik", vectors, logs, vectors)
+        sizes = jnp.sum(jnp.linalg.norm(logs, axis=-1))
+        residual = jnp.linalg.norm(total) / jnp.maximum(sizes, tolerance)
+        # The second derivative of a squared distance lies between 1 and this.
+        half_spread = (logs.max(-1) - logs.min(-1)) / 2
+        curvatures = _over_tanh(half_spread)
+        length = 2 / (len(matrices) + jnp.sum(curvatures))
+        exponents, directions = jnp.linalg.eigh(_symmetric(length * total))
+        moved = factor @ (directions * jnp.exp(exponents / 2)[None, :])
+        improved = residual < best
+        return (
+            jnp.linalg.qr(moved.T)[1].T,
+            residual,
+            jnp.minimum(best, residual),
+            jnp.where(improved, 0, stale + 1),
+            iteration + 1,
+        )
+
+    def unfinished(state: Any) -> jax.Array:
+        _, residual, _, stale, iteration = state
+        return (residual > tolerance) & (stale < 10) & (iteration < MAX_ITERATIONS)
+
+    infinite = jnp.asarray(jnp.inf, dtype)
+    start = (_first_guess(factors), infinite, infinite, 0, 0)
+    factor, _, best, _, _ = jax.lax.while_loop(unfinished, step, start)
+    converged = best <= jnp.sqrt(jnp.finfo(dtype).eps)
+    return jnp.where(converged, factor @ factor.T, jnp.nan)
+
+
+def _first_guess(factors: jax.Array) -> jax.Array:
+    """Lower triangular factor: of the mean of two, or of the mean logarithm."""
+    if len(factors) == 2:
+        vectors, logs = _logs(factors[0], factors[1:])
+        root = factors[0] @ (vectors[0] * jnp.exp(logs[0] / 4)[None, :])
+    else:
+        vectors, logs = _logs(jnp.eye(factors.shape[-1], dtype=factors.dtype), factors)
+        mean = jnp.einsum("eij,ej,ekj->ik", vectors, logs, vectors) / len(factors)
+        exponents, directions = jnp.linalg.eigh(_symmetric(mean))
+        root = directions * jnp.exp(exponents / 2)[None, :]
+    return jnp.linalg.qr(root.T)[1].T
+
+
+def _logs(factor: jax.Array, factors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvectors and eigenvalues of the logarithms of matrices, seen from a point.
+
+    Singular values of a product of factors, not eigenvalues of matrices: these would
+    lose twice as many digits.
+
+    Args:
+      factor: [n, n], of the point F F'.
+      factors: [env, n, n], of the matrices.
+
+    Returns:
+      Orthonormal columns [env, n, n] and eigenvalues [env, n] of
+      log(F^-1 A_e F'^-1).
+    """
+
+    def one(other: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen = jax.scipy.linalg.solve_triangular(factor, other, lower=True)
+        vectors, values, _ = jnp.linalg.svd(seen)
+        return vectors, 2 * jnp.log(values)
+
+    return jax.vmap(one)(factors)
+
+
+def _cholesky(matrix: jax.Array) -> jax.Array:
+    """Cholesky factor, refined to the accuracy of its own entries.
+
+    A Cholesky factor is that of a matrix a rounding error away, which changes the
+    smallest eigenvalues of an ill-conditioned one by condition * eps: too much for what
+    `karcher_mean` promises. With the exact residual, one correction leaves the square
+    root of that.
+    """
+    factor = jnp.linalg.cholesky(matrix)
+    solve = functools.partial(jax.scipy.linalg.solve_triangular, factor, lower=True)
+    residual = solve(solve(_residual(matrix, factor)).T)
+    lower = jnp.tril(residual)
+    return factor + factor @ (lower - jnp.diag(jnp.diag(lower)) / 2)
+
+
+def _residual(matrix: jax.Array, factor: jax.Array) -> jax.Array:
+    """Residual matrix - factor factor', as if in a wider type.
+
+    The factor is cut into pieces of so few bits that products of the leading ones are
+    exact (Ozaki et al., 2012).
+    """
+    bits = jnp.finfo(factor.dtype).nmant + 1
+    piece = (bits - math.ceil(math.log2(max(len(factor), 2)))) // 2
+    _, exponents = jnp.frexp(jnp.max(jnp.abs(factor), axis=1))
+    one = jnp.ones((), factor.dtype)
+    scaled = factor * jnp.ldexp(one, -exponents)[:, None]
+    unit = jnp.ldexp(one, jnp.asarray(piece))
+    high = jnp.round(scaled * unit) / unit
+    middle = jnp.round((scaled - high) * unit * unit) / (unit * unit)
+    low = scaled - high - middle
+    target = matrix * jnp.ldexp(one, -exponents)[:, None]
+    target = target * jnp.ldexp(one, -exponents)[None, :]
+    cross = high @ middle.T
+    rest = high @ low.T
+    result = ((target - high @ high.T) - (cross + cross.T)) - (
+        middle @ middle.T + (rest + rest.T)
+    )
+    result = result * jnp.ldexp(one, exponents)[:, None]
+    return result * jnp.ldexp(one, exponents)[None, :]
+
+
+def _over_tanh(x: jax.Array) -> jax.Array:
+    """Of x: x / tanh(x), 1 at 0."""
+    small = jnp.abs(x) < 1e-4
+    return jnp.where(small, 1 + x * x / 3, x / jnp.tanh(jnp.where(small, 1.0, x)))
+
+
+def _over_sinh(x: jax.Array) -> jax.Array:
+    """Of x: x / sinh(x), 1 at 0."""
+    small = jnp.abs(x) < 1e-4
+    return jnp.where(small, 1 - x * x / 6, x / jnp.sinh(jnp.where(small, 1.0, x)))
+
+
+@jax.custom_jvp
+@_exactly
+def _karcher(matrices: jax.Array) -> jax.Array:
+    if len(matrices) == 1:
+        return matrices[0]
+    return _karcher_fixed_point(matrices)
+
+
+@_karcher.defjvp
+@_exactly
+def _karcher_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """By the implicit function theorem, in the coordinates of the solution.
+
+    There the derivative of log(F^-1 A F'^-1) along a change of A multiplies by divided
+    differences of the logarithm, and along a change of the point by minus
+    (t / 2) / tanh(t / 2), for differences t of logarithms of eigenvalues.
+    """
+    [matrices], [changes] = primals, tangents
+    mean = _karcher(matrices)
+    factor = jnp.linalg.cholesky(mean)
+    vectors, logs = _logs(factor, jax.vmap(_cholesky)(matrices))
+    halves = (logs[:, :, None] - logs[:, None, :]) / 2
+    roots = jnp.exp(-logs / 2)
+
+    def rotated(symmetric: jax.Array) -> jax.Array:
+        return jnp.einsum("eji,ejk,ekl->eil", vectors, symmetric, vectors)
+
+    def back(symmetric: jax.Array) -> jax.Array:
+        return jnp.einsum("eij,ejk,elk->il", vectors, symmetric, vectors)
+
+    def apply(step: jax.Array) -> jax.Array:
+        seen = rotated(jnp.broadcast_to(step, matrices.shape))
+        return back(_over_tanh(halves) * seen)
+
+    solve = functools.partial(jax.scipy.linalg.solve_triangular, factor, lower=True)
+
+    def from_the_mean(change: jax.Array) -> jax.Array:
+        return solve(solve(change).T).T
+
+    seen = rotated(jax.vmap(from_the_mean)(changes))
+    slopes = _over_sinh(halves) * roots[:, :, None] * roots[:, None, :]
+    target = back(slopes * seen)
+    # The eigenvalues of `apply` lie between the number of matrices and some ten times
+    # that: conjugate gradients are at rounding after a few dozen steps.
+    step, _ = jax.scipy.sparse.linalg.cg(
+        apply, target, tol=4 * float(jnp.finfo(mean.dtype).eps), maxiter=200
+    )
+    return mean, factor @ step @ factor.T
