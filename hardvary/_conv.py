@@ -2,7 +2,8 @@
 
 XLA's convolutions on CPU are made for many examples and small windows. The gradient of
 the weights is one with a window as large as the image; there it is several times
-faster to line up shifted slices of the input and multiply matrices.
+faster to line up shifted slices of the input and multiply matrices. On a GPU, those of
+several environments at once would be a convolution in as many groups, and slow too.
 """
 
 import itertools
@@ -14,14 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import _validate
-from hardvary._trace import Env, Use, on_cpu
+from hardvary._trace import Env, Use
 
 
 def applies(use: Use) -> bool:
     """Whether `pull` is right for `use`, and the faster way."""
     return (
-        on_cpu()
-        and use.primitive == "conv_general_dilated"
+        use.primitive == "conv_general_dilated"
         and use.side == 1
         and not use.steps
         and use.eqn.params["batch_group_count"] == 1

@@ -413,8 +413,10 @@ def _scan(
         return _add(total, sum_over_envs(grads, statistics, weights)), None
 
     # One environment at a time stays in a CPU's cache and leaves an accelerator idle:
-    # there, as many as need no more memory than what was left behind.
+    # there, as many as need no more memory than what was left behind and two copies of
+    # all parameters.
     elements = sum(leaf.size for leaf in jax.tree.leaves(inputs))
+    elements += 2 * sum(np.size(leaf) for leaf in traced.leaves)
     gradient = sum(leaf.size for leaf in jax.tree.leaves(zeros)) // len(statistics)
     size = 1 if on_cpu() else _divisor(traced.num_envs, elements // gradient)
     if size == 1:

@@ -168,7 +168,7 @@ ACCELERATED = [
 
 @pytest.mark.parametrize("name", ACCELERATED[::3])
 def test_fused_stats_as_on_an_accelerator_equal_stacked_gradients(name, monkeypatch):
-    for module in (_trace, _fused, _fused._conv):
+    for module in (_trace, _fused):
         monkeypatch.setattr(module, "on_cpu", lambda: False)
     check(name, run_oracle(name, build(name)[2], stats=STATISTICS))
 
