@@ -6,7 +6,7 @@ TORCH_VENV := .venv-torch
 TORCH_READY := $(TORCH_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test lint format docs figures bench clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -39,6 +39,13 @@ format: $(READY)  ## Let ruff fix and format.
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+docs: $(READY)  ## Build the documentation, build/docs/index.html; a warning is an error.
+	rm -rf docs/api build/docs build/doctrees
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
+
+figures: $(READY)  ## Draw the figures of the tutorial.
+	$(RUN) -m docs.make_figures
+
 bench: $(READY) $(TORCH_READY)  ## Time steps and epochs beside PyTorch, and growth.
 	$(RUN) -m experiments.benchmark steps --torch-python $(TORCH_VENV)/bin/python
 	$(RUN) -m experiments.benchmark growth
@@ -51,4 +58,4 @@ $(TORCH_READY): experiments/benchmark/requirements-torch.txt
 	@touch $@
 
 clean:  ## Remove the virtual environments and caches, not runs/.
-	rm -rf $(VENV) $(TORCH_VENV) build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TORCH_VENV) build docs/api .mypy_cache .pytest_cache .ruff_cache

@@ -61,11 +61,12 @@ class Inconsistency(NamedTuple):
       pair_scores: `[pair]`, a lower bound for each of them.
       path: tree like the parameters with a leading axis `[num_steps + 1]`: corners of a
         polygonal path from the parameters given to those found.
-      max_deviation: scalar, the largest |L_e(theta) - L_e(theta*)| at `num_samples`
-        points of every edge of the path: the certificate, at most epsilon.
-      max_jump: scalar, the largest change of L_e from one of these points to the next.
-        Where it is far below epsilon, the points are close enough together to trust
-        them with what lies between.
+      max_deviation: scalar, the largest change of the loss of `e` from its value at the
+        parameters given, at `num_samples` points of every edge of the path: the
+        certificate, at most epsilon.
+      max_jump: scalar, the largest change of that loss from one of these points to the
+        next. Where it is far below epsilon, the points are close enough together to
+        trust them with what lies between.
     """
 
     score: jax.Array
@@ -126,9 +127,8 @@ def grid_inconsistency(
     Edge cases:
       ======================================  ======================================
       a valley narrower than the grid         is not seen: refine it
-      an infinite or NaN loss in one's own    a wall
-      environment
-      NaN in another environment              NaN, where the neighbourhood holds it
+      NaN or infinity in one's own loss       a wall
+      NaN in another environment's            NaN, where the neighbourhood holds it
       NaN at the start                        NaN
       ======================================  ======================================
 
@@ -255,8 +255,8 @@ def inconsistency(
       a NaN or infinite loss in `e`           a wall
       a NaN loss in `e'`                      never counted as a change
       NaN at `params`                         NaN
-      `params` not a minimum                  any point will do; the score is at least
-                                              |L_e'(theta*) - L_e(theta*)|
+      `params` not a minimum                  any point will do; where environments
+                                              differ in loss, so does the score
       ======================================  ======================================
 
     Example:

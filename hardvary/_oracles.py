@@ -340,7 +340,7 @@ def explain(
 ) -> Explanation:
     """How `grad_stats(loss_fn, method="fused")` treats each parameter, and why.
 
-    Nothing is computed; arguments may be `jax.ShapeDtypeStruct`s.
+    Nothing is computed; a `jax.ShapeDtypeStruct` may stand for an array.
 
     Args:
       loss_fn: see `grad_stats`.
@@ -351,7 +351,7 @@ def explain(
       kwargs: passed on to `loss_fn`.
 
     Returns:
-      An `Explanation`, which prints as a table. Its rules, fastest first:
+      An `Explanation`, which prints as a table. Its rules are, fastest first,
       `"product"`, a single outer product per environment, whose signs are those of its
       factors; `"lookup"`, rows of a table; `"stack"`, small gradients, and those of
       which nothing better is known; `"scan"`, one environment at a time; `"unused"`, no

@@ -1,0 +1,66 @@
+"""Sphinx configuration of the documentation; `make docs` builds it."""
+
+import inspect
+
+from sphinx.util import logging
+
+import hardvary
+
+project = "hardvary"
+author = "the hardvary authors"
+release = version = hardvary.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+templates_path = ["_templates"]
+
+# No intersphinx: it would fetch inventories, and a build must not need a network.
+nitpicky = True
+# Single backticks in docstrings: a link if it is a name of ours, code otherwise.
+default_role = "py:obj"
+nitpick_ignore_regex = [("py:obj", r"(?!hardvary\.).*")]
+
+# Anchors of headings as code hosts make them, so that one link serves both.
+myst_heading_anchors = 4
+myst_enable_extensions = ["dollarmath"]
+
+# Types are in the words of Args, which say more than `Any` does.
+autodoc_typehints = "none"
+autosummary_generate = True
+# What hardvary re-exports is its own; __all__ decides what is public.
+autosummary_ignore_module_all = False
+autosummary_imported_members = True
+toc_object_entries_show_parents = "hide"
+napoleon_custom_sections = ["Edge cases"]
+napoleon_attr_annotations = False
+
+html_theme = "sphinx_book_theme"
+html_title = "hardvary"
+html_theme_options = {
+    "navbar_persistent": [],  # the search is in the sidebar
+    "show_toc_level": 2,
+    "use_download_button": False,
+}
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+
+def check_coverage(app, env):
+    """Warns of public names without an entry in the reference, as optax does."""
+    del app
+    public = [f"hardvary.{name}" for name in hardvary.__all__]
+    for name, module in inspect.getmembers(hardvary, inspect.ismodule):
+        if name in hardvary.__all__:
+            public += [f"hardvary.{name}.{member}" for member in module.__all__]
+    for name in sorted(set(public) - set(env.domains.python_domain.objects)):
+        logging.getLogger(__name__).warning("%s is not in the API reference", name)
+
+
+def setup(app):
+    app.connect("env-check-consistency", check_coverage)
