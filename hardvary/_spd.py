@@ -36,8 +36,8 @@ def karcher_mean(matrices: Any) -> jax.Array:
     Returns:
       `[..., n, n]` in the dtype of the matrices; float16 and bfloat16 are computed in
       float32. In float64 the sum above has a norm below 1e-10 times the sum of the
-      norms of its terms, for condition numbers up to 1e8. First derivatives, forward
-      and reverse, are those of the implicit function.
+      norms of its terms (or 1, if that is more), for condition numbers up to 1e8. First
+      derivatives, forward and reverse, are those of the implicit function.
 
     Raises:
       TypeError: matrices that are not real floating.
@@ -251,45 +251,55 @@ def _flat(eigenvalues: jax.Array) -> jax.Array:
     return eigenvalues <= len(eigenvalues) * jnp.finfo(eigenvalues.dtype).eps * size
 
 
-def _whitener(hessian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _whitener(hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`W` with W' hessian W the identity where it is not flat.
 
     Returns:
-      `W` [n, n], with zeros for columns of flat directions; those directions [n, n],
-      with zeros for the others; which they are [n].
+      `W` [n, n], with zeros for columns of flat directions; and those directions
+      [n, n], with zeros for the others.
     """
     eigenvalues, vectors = jnp.linalg.eigh(hessian)
-    slack = 8 * len(eigenvalues) * jnp.finfo(eigenvalues.dtype).eps
-    indefinite = eigenvalues[0] < -slack * jnp.max(jnp.abs(eigenvalues))
+    size = jnp.max(jnp.abs(eigenvalues))
+    rounding = len(eigenvalues) * jnp.finfo(eigenvalues.dtype).eps * size
+    indefinite = eigenvalues[0] < -8 * rounding
     eigenvalues = jnp.where(indefinite, jnp.nan, eigenvalues)
-    flat = _flat(eigenvalues)
+    flat = eigenvalues <= rounding
     scale = jnp.where(flat, 0.0, jax.lax.rsqrt(jnp.where(flat, 1.0, eigenvalues)))
-    return vectors * scale[None, :], jnp.where(flat[None, :], vectors, 0.0), flat
+    return vectors * scale[None, :], jnp.where(flat[None, :], vectors, 0.0)
 
 
+def _curved(hessian: jax.Array, directions: jax.Array) -> jax.Array:
+    """Whether the Hessian is not flat in one of the directions [n, n]."""
+    rounding = len(hessian) * jnp.finfo(hessian.dtype).eps * jnp.max(jnp.abs(hessian))
+    curvatures = jnp.sum(directions * (hessian @ directions), axis=0)
+    return jnp.max(curvatures) > 8 * rounding
+
+
+@jax.jit
 @_exactly
 def _largest_ratio(hessians: jax.Array) -> jax.Array:
     def pair(hessian: jax.Array, other: jax.Array) -> jax.Array:
-        whitener, flat_vectors, _ = _whitener(hessian)
+        whitener, flat = _whitener(hessian)
         ratio = jnp.linalg.eigvalsh(_symmetric(whitener.T @ other @ whitener))[-1]
-        leak = jnp.max(jnp.sum(flat_vectors * (other @ flat_vectors), axis=0))
-        tiny = 8 * len(other) * jnp.finfo(other.dtype).eps * jnp.max(jnp.abs(other))
-        return jnp.where(leak > tiny, jnp.inf, ratio)
+        return jnp.where(_curved(other, flat), jnp.inf, ratio)
 
     over_others = jax.vmap(pair, (None, 0))
     return jnp.max(jax.vmap(over_others, (0, None))(hessians, hessians))
 
 
+@jax.jit
 @_exactly
 def _determinant_ratio(hessians: jax.Array) -> jax.Array:
-    whitener, _, flat = _whitener(jnp.mean(hessians, axis=0))
+    mean = jnp.mean(hessians, axis=0)
+    whitener, _ = _whitener(mean)
+    # Where all are flat, factors of 1 in the determinants.
+    rest = jnp.diag(jnp.where(jnp.any(whitener != 0, axis=0), 0.0, 1.0))
 
     def log_det(hessian: jax.Array) -> jax.Array:
         # The arithmetic mean is the identity here, and its log-determinant 0.
-        white = whitener.T @ hessian @ whitener + jnp.diag(flat.astype(hessian.dtype))
-        eigenvalues = jnp.linalg.eigvalsh(_symmetric(white))
-        singular = _flat(eigenvalues)
-        return jnp.sum(jnp.log(jnp.where(singular, 0.0, eigenvalues)))
+        white = _symmetric(whitener.T @ hessian @ whitener) + rest
+        singular = _curved(mean, _whitener(hessian)[1])
+        return jnp.where(singular, -jnp.inf, jnp.linalg.slogdet(white)[1])
 
     # Rounding must not make the ratio less than 1.
     log_ratio = jnp.maximum(-jnp.sum(jax.vmap(log_det)(hessians)), 0.0)
@@ -299,6 +309,7 @@ def _determinant_ratio(hessians: jax.Array) -> jax.Array:
 # The Karcher mean of matrices [env, n, n].
 
 
+@jax.jit
 def _karcher_fixed_point(matrices: jax.Array) -> jax.Array:
     factors = jax.vmap(_cholesky)(matrices)
     dtype, size = matrices.dtype, matrices.shape[-1]
@@ -309,7 +320,7 @@ def _karcher_fixed_point(matrices: jax.Array) -> jax.Array:
         vectors, logs = _logs(factor, factors)
         total = jnp.einsum("eij,ej,ekj->ik", vectors, logs, vectors)
         sizes = jnp.sum(jnp.linalg.norm(logs, axis=-1))
-        residual = jnp.linalg.norm(total) / jnp.maximum(sizes, tolerance)
+        residual = jnp.linalg.norm(total) / jnp.maximum(sizes, 1)
         # The second derivative of a squared distance lies between 1 and this.
         half_spread = (logs.max(-1) - logs.min(-1)) / 2
         curvatures = _over_tanh(half_spread)
@@ -333,7 +344,7 @@ def _karcher_fixed_point(matrices: jax.Array) -> jax.Array:
     start = (_first_guess(factors), infinite, infinite, 0, 0)
     factor, _, best, _, _ = jax.lax.while_loop(unfinished, step, start)
     converged = best <= jnp.sqrt(jnp.finfo(dtype).eps)
-    return jnp.where(converged, factor @ factor.T, jnp.nan)
+    return jnp.where(converged, _symmetric(factor @ factor.T), jnp.nan)
 
 
 def _first_guess(factors: jax.Array) -> jax.Array:
@@ -471,7 +482,14 @@ def _karcher_jvp(
     target = back(slopes * seen)
     # The eigenvalues of `apply` lie between the number of matrices and some ten times
     # that: conjugate gradients are at rounding after a few dozen steps.
-    step, _ = jax.scipy.sparse.linalg.cg(
-        apply, target, tol=4 * float(jnp.finfo(mean.dtype).eps), maxiter=200
+    step = jax.lax.custom_linear_solve(
+        apply, target, _conjugate_gradients, symmetric=True
     )
     return mean, factor @ step @ factor.T
+
+
+def _conjugate_gradients(
+    apply: Callable[[jax.Array], jax.Array], target: jax.Array
+) -> jax.Array:
+    tolerance = 4 * float(jnp.finfo(target.dtype).eps)
+    return jax.scipy.sparse.linalg.cg(apply, target, tol=tolerance, maxiter=200)[0]
