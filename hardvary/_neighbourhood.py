@@ -112,7 +112,8 @@ def grid_inconsistency(
       losses: floating `[env, *grid]`, the loss of every environment at every point of a
         grid of one or more dimensions, most often of a line or plane in the space of
         parameters.
-      start: index of :math:`\theta^*` on the grid, an integer per dimension.
+      start: index of :math:`\theta^*` on the grid, an integer per dimension; may be
+        traced.
       epsilon: :math:`\epsilon` > 0, in units of the loss; may be traced.
 
     Returns:
@@ -121,8 +122,9 @@ def grid_inconsistency(
     Raises:
       TypeError: losses that are not real floating, an epsilon that is no real scalar, a
         start that is not made of integers.
-      ValueError: losses without a grid or an environment, a start that is outside of
-        it, an epsilon that is not positive (concrete values only).
+      ValueError: losses without a grid or an environment, a start with another number
+        of dimensions; (concrete values only) a start outside of the grid, an epsilon
+        that is not positive.
 
     Edge cases:
       ======================================  ======================================
@@ -289,6 +291,7 @@ def inconsistency(
         "num_steps": num_steps,
         "cg_steps": cg_steps,
         "num_samples": num_samples,
+        "batch_size": 1 if batch_size is None else batch_size,
     }.items():
         _validate.at_least(name, number, 1)
     num_envs = _validate.leading_size(
@@ -395,21 +398,23 @@ def ilc(
 # Grids.
 
 
-def _grid_index(start: Any, grid: tuple[int, ...]) -> tuple[int, ...]:
-    entries = [start] if np.ndim(start) == 0 else list(start)
+def _grid_index(start: Any, grid: tuple[int, ...]) -> tuple[Any, ...]:
+    sequence = isinstance(start, Sequence) or getattr(start, "ndim", 0) > 0
+    entries = list(start) if sequence else [start]
     if not all(jnp.issubdtype(jnp.result_type(i), jnp.integer) for i in entries):
         raise TypeError(
             f"grid_inconsistency: start must be made of integers, got {start!r}"
         )
-    index = tuple(int(i) for i in entries)
-    if len(index) != len(grid) or not all(
-        0 <= i < size for i, size in zip(index, grid, strict=True)
+    concrete = not any(isinstance(i, jax.core.Tracer) for i in entries)
+    if len(entries) != len(grid) or (
+        concrete
+        and not all(0 <= i < size for i, size in zip(entries, grid, strict=True))
     ):
         raise ValueError(
             "grid_inconsistency: start must be the index of a point of the grid of "
-            f"shape {grid}, got {index}"
+            f"shape {grid}, got {tuple(entries)}"
         )
-    return index
+    return tuple(entries)
 
 
 def _flood(seed: jax.Array, allowed: jax.Array) -> jax.Array:
@@ -487,7 +492,11 @@ class _Search:
         num_samples: int,
     ) -> None:
         self._loss_fn, self._batch = loss_fn, batch
-        self.origin, self.unravel = ravel_pytree(params)
+        if not jax.tree.leaves(params):
+            raise ValueError("inconsistency: params hold no parameters")
+        # Leaves of several dtypes become one array of the widest.
+        with jax.numpy_dtype_promotion("standard"):
+            self.origin, self.unravel = ravel_pytree(params)
         dtype = self.origin.dtype
         shape = jax.eval_shape(
             loss_fn, params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], batch)
@@ -498,8 +507,6 @@ class _Search:
             raise TypeError(
                 f"inconsistency: loss_fn must return a real scalar, got {shape}"
             )
-        if self.origin.size == 0:
-            raise ValueError("inconsistency: params hold no parameters")
         self.epsilon = jnp.asarray(epsilon, dtype)
         self.damping = damping
         self._cg_steps = min(cg_steps, self.origin.size)
