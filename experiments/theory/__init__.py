@@ -1,0 +1,1 @@
+"""What the paper shows on paper: toy landscapes, means, propositions, a regression."""
