@@ -306,26 +306,44 @@ def inconsistency(
     search = _Search(
         loss_fn, params, batch, epsilon, cg_steps, damping, max_distance, num_samples
     )
-    runs = jnp.repeat(pairs, num_starts, axis=0)
-    keys = jax.random.split(key, len(runs))
+    number, at_once = len(pairs) * num_starts, batch_size or 1
+    chunks = -(-number // at_once)
+    # The last chunk is filled up with searches that were made already.
+    indices = jnp.minimum(jnp.arange(chunks * at_once), number - 1)
+    runs = pairs[indices // num_starts]
+    keys = jax.random.split(key, number)[indices]
 
-    def score(run: tuple[jax.Array, jax.Array]) -> jax.Array:
-        pair, run_key = run
-        return search.run(pair, run_key, num_steps)[0]
+    def run(pair: jax.Array, key: jax.Array) -> _Found:
+        return search.run(pair, key, num_steps)
 
-    scores = jax.lax.map(score, (runs, keys), batch_size=batch_size)
-    best = jnp.argmax(scores)
-    # Once more, now with its path: the paths of all would take far more memory.
-    value, path, deviation, jump = search.run(runs[best], keys[best], num_steps)
+    # The paths of all searches would take far more memory than that of the best so far.
+    def body(best: tuple[_Found, jax.Array], chunk: Any) -> Any:
+        found = jax.vmap(run)(*chunk)
+        index = jnp.argmax(found.value)  # NaN, if there is any
+        better = ~(found.value[index] <= best[0].value)
+        candidate = jax.tree.map(lambda leaf: leaf[index], (found, chunk[0]))
+        chosen = jax.tree.map(
+            lambda new, old: jnp.where(better, new, old), candidate, best
+        )
+        return chosen, found.value
+
+    first = (jax.eval_shape(run, runs[0], keys[0]), runs[0])
+    first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    first = (first[0]._replace(value=jnp.full_like(first[0].value, -jnp.inf)), first[1])
+    inputs = jax.tree.map(
+        lambda leaf: leaf.reshape(chunks, at_once, *leaf.shape[1:]), (runs, keys)
+    )
+    (best, pair), scores = jax.lax.scan(body, first, inputs)
+    scores = scores.reshape(-1)[:number].reshape(len(pairs), num_starts)
     return Inconsistency(
-        score=value,
-        pair=runs[best],
-        params=search.unravel(path[-1]),
+        score=best.value,
+        pair=pair,
+        params=search.unravel(best.path[-1]),
         pairs=pairs,
-        pair_scores=scores.reshape(len(pairs), num_starts).max(1),
-        path=jax.vmap(search.unravel)(path),
-        max_deviation=deviation,
-        max_jump=jump,
+        pair_scores=scores.max(1),
+        path=jax.vmap(search.unravel)(best.path),
+        max_deviation=best.max_deviation,
+        max_jump=best.max_jump,
     )
 
 
@@ -477,6 +495,22 @@ def _pairs(pairs: Any, num_envs: int) -> jax.Array:
     return jnp.asarray(values, jnp.int32)
 
 
+class _Found(NamedTuple):
+    """What one search found.
+
+    Attributes:
+      value: the largest change of the pair's second loss.
+      path: [num_steps + 1, n], corners of the way there.
+      max_deviation: the largest deviation of the first loss at the points checked.
+      max_jump: its largest change between neighbours among them.
+    """
+
+    value: jax.Array
+    path: jax.Array
+    max_deviation: jax.Array
+    max_jump: jax.Array
+
+
 class _Search:
     """The searches of one call, on flat parameters."""
 
@@ -517,16 +551,8 @@ class _Search:
             else jnp.asarray(max_distance, dtype)
         )
 
-    def run(
-        self, pair: jax.Array, key: jax.Array, num_steps: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """One search.
-
-        Returns:
-          The largest change of the pair's second loss; the corners of the path
-          [num_steps + 1, n]; the largest deviation of the first loss at the points
-          checked; its largest change between neighbours among them.
-        """
+    def run(self, pair: jax.Array, key: jax.Array, num_steps: int) -> _Found:
+        """One search, for one pair of environments."""
         own_env, other_env = (
             jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf)[i], self._batch)
             for i in pair
@@ -567,7 +593,7 @@ class _Search:
         )
         path = jnp.concatenate([self.origin[None], corners])
         value = jnp.where(jnp.isnan(base), jnp.nan, value)
-        return value, path, jnp.max(deviations), jnp.max(jumps)
+        return _Found(value, path, jnp.max(deviations), jnp.max(jumps))
 
     def allowed(self, deviation: jax.Array, point: jax.Array) -> jax.Array:
         near = jnp.linalg.norm(point - self.origin) <= self._max_distance

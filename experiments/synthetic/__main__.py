@@ -7,12 +7,14 @@ from typing import Any
 
 from experiments.common.cli import Command, Group, Invocation, RunOptions, main
 from experiments.synthetic.config import (
+    CONSISTENCY_PRESETS,
     CORRELATIONS_PRESETS,
     ENVS_PRESETS,
     PRESETS,
     SEARCH_PRESETS,
     SELECTED_PRESETS,
     CompareConfig,
+    ConsistencyConfig,
     CorrelationsConfig,
     EnvsConfig,
     FigureOptions,
@@ -53,6 +55,13 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
     from experiments.synthetic import commands
 
     commands.search(call)
+
+
+def consistency(call: Invocation[ConsistencyConfig, FigureOptions]) -> None:
+    """Search for the inconsistency of what training finds; estimate the ILC."""
+    from experiments.synthetic import commands
+
+    commands.consistency(call)
 
 
 def figure_6(call: Invocation[SelectedConfig, FigureOptions]) -> None:
@@ -110,6 +119,7 @@ COMMANDS: dict[str, Command[Any, Any] | Group] = {
         rerun,
     ),
     "search": Command(SEARCH_PRESETS, SearchOptions, search),
+    "consistency": Command(CONSISTENCY_PRESETS, FigureOptions, consistency),
     "figure": Group("Draw figure 6, 7, 14 or 15 of the paper.", FIGURES),
 }
 

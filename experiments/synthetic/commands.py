@@ -1,4 +1,4 @@
-"""The subcommands: train, compare, rerun, search, figure."""
+"""The subcommands: train, compare, rerun, search, consistency, figure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ from experiments.common.run_dir import RunDir, RunDirError, save_png
 from experiments.synthetic.config import (
     PRESETS,
     CompareConfig,
+    ConsistencyConfig,
     CorrelationsConfig,
     EnvsConfig,
     FigureOptions,
@@ -44,6 +46,7 @@ from experiments.synthetic.figures import (
     Trained,
     draw,
     draw_accuracies,
+    draw_consistency,
     draw_correlations,
     draw_curves,
     draw_envs,
@@ -64,6 +67,7 @@ SEEDS_TABLE = "seeds.csv"
 SEEDS_FIGURE = "seeds.png"
 TRIALS_TABLE = "trials.csv"
 SELECTED = "selected.json"
+SEARCHES_TABLE = "searches.csv"
 SELECTED_FIGURES = ("figure6", "figure14")
 SELECTED_COLUMNS = ("method", "run", "seed", *METRICS)
 ENVS_COLUMNS = ("method", "num_envs", "threshold", "seed", "epochs", *METRICS)
@@ -72,6 +76,7 @@ DRAWINGS: dict[str, Callable[[Sequence[Mapping[str, Any]]], Figure]] = {
     "figure7": draw_correlations,
     "figure14": draw_curves,
     "figure15": draw_envs,
+    "consistency": draw_consistency,
 }
 SOLVED = 0.98  # of the o.o.d. test set
 
@@ -452,6 +457,106 @@ def correlations_figure(call: Invocation[CorrelationsConfig, FigureOptions]) -> 
             rows = correlation_rows(config, range(first, last + 1), config.logit_scale)
             _finish_figures(run, {"figure7": rows}, {"seeds": last + 1 - first})
         print(f"Figure: {run.path / 'figure7.png'}")
+
+
+def consistency(call: Invocation[ConsistencyConfig, FigureOptions]) -> None:
+    """Trains networks and searches for the inconsistency of each."""
+    from experiments.synthetic.consistency import VARIATIONS, rows_of
+
+    options, config = call.options, call.config
+    if options.results is not None:
+        _redraw(options, ("consistency",))
+        return
+    path = call.run_path(EXPERIMENT, f"consistency-{options.preset}")
+    with _figure_dir(path, "consistency", call, config, ("consistency",)) as run:
+        announce(run)
+        if not run.finished:
+            jobs = [
+                (run.path / f"{c.method}-seed{c.seed}", c, call.command)
+                for c in config.train_configs()
+            ]
+            _run_jobs(jobs, options.workers)
+            rows: list[dict[str, Any]] = []
+            for job in tqdm(jobs, desc="search", unit="network"):
+                rows += _network_rows(job, lambda *network: rows_of(config, *network))
+            summary = summarize_consistency(rows, VARIATIONS)
+            _finish_figures(run, {"consistency": rows}, summary)
+        print(format_consistency(run.summary()))
+        print(f"Every search: {run.path / 'consistency.csv'}")
+        print(f"Figure: {run.path / 'consistency.png'}")
+
+
+def _network_rows(
+    job: Job, rows_of: Callable[..., Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The rows of a network that was trained, kept beside it for the next start."""
+    path, config, command = job
+    with _train_dir(path, config, command) as run:
+        table = run.path / SEARCHES_TABLE
+        if not table.exists():
+            dataset = dataset_for(config, config.seed)
+            variables, _ = _train(run, config, dataset, quiet=True)
+            found = rows_of(config.method, config.seed, variables, dataset.train)
+            run.write_metrics(list(found), SEARCHES_TABLE)
+        return read_table(table)
+
+
+def summarize_consistency(
+    rows: Sequence[Mapping[str, Any]], variations: Sequence[str]
+) -> dict[str, Any]:
+    """ILC (minus the mean score), its standard error, and accuracies.
+
+    Lists have an entry for each distance; the scores are lower bounds, so the ILC is
+    bounded from above.
+    """
+    summary: dict[str, Any] = {"distances": sorted({row["distance"] for row in rows})}
+    for variation in variations:
+        for method in dict.fromkeys(row["method"] for row in rows):
+            of_method = [
+                row
+                for row in rows
+                if row["method"] == method and row["variation"] == variation
+            ]
+            per_distance = [
+                [row for row in of_method if row["distance"] == distance]
+                for distance in summary["distances"]
+            ]
+            scores = [np.array([r["score"] for r in some]) for some in per_distance]
+            summary[f"{variation}, {method}"] = {
+                "ilc": [-float(some.mean()) for some in scores],
+                # Of a single seed 0, since JSON has no NaN.
+                "standard_error": [
+                    float(some.std(ddof=min(1, len(some) - 1))) / math.sqrt(len(some))
+                    for some in scores
+                ],
+                **{
+                    name: [
+                        float(np.mean([r[name] for r in some])) for some in per_distance
+                    ]
+                    for name in ("own_accuracy", "other_accuracy")
+                },
+            }
+    return summary
+
+
+def format_consistency(summary: Mapping[str, Any]) -> str:
+    """The summary as text, one line per variation, method and distance."""
+    lines = [
+        f"{'varied':<10}{'method':<16}{'distance':>9}{'ILC':>12}{'+-':>10}"
+        f"{'own':>8}{'other':>8}"
+    ]
+    for name, values in summary.items():
+        if name == "distances":
+            continue
+        variation, method = name.split(", ")
+        lines += [
+            f"{variation:<10}{method:<16}{distance:>9g}{ilc:>12.4g}{error:>10.2g}"
+            f"{own:>8.1%}{other:>8.1%}"
+            for distance, ilc, error, own, other in zip(
+                summary["distances"], *values.values(), strict=True
+            )
+        ]
+    return "\n".join(lines)
 
 
 def _columns(

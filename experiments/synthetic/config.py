@@ -459,6 +459,67 @@ class CorrelationsConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class ConsistencyConfig(Settings):
+    """The consistency of what several methods converge to, from several seeds."""
+
+    methods: tuple[Method, ...] = ("erm", "and_mask")
+    """The methods."""
+    seeds: tuple[int, int] = (0, 2)
+    """First and last seed of data and initial weights, both included."""
+    epsilon: float = 0.01
+    """Change of an environment's loss up to which its neighbourhood reaches."""
+    distances: tuple[float, ...] = (0.03, 0.1, 0.3)
+    """How far a search may go, relative to the norm of what it varies."""
+    num_pairs: int = 4
+    """Ordered pairs of environments to search, drawn at random."""
+    examples: int = 64
+    """Training examples of each environment that the losses are taken over."""
+    search_starts: int = 1
+    """Random starts of a search for each pair."""
+    search_steps: int = 8
+    """Steps of a search."""
+    search_seed: int = 0
+    """Seed of the pairs and the searches."""
+    searches_at_once: int = 1
+    """Searches side by side: 1 for a CPU, more for an accelerator."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_methods("methods", self.methods)
+        for method in self.methods:
+            _require_mask_opens(method, self.threshold)
+        _require_seeds(self.seeds)
+        _require_seed("search_seed", self.search_seed)
+        epsilon = self.epsilon
+        require("epsilon", epsilon, 0 < epsilon < math.inf, "positive and finite")
+        ascending = list(self.distances) == sorted(set(self.distances)) != []
+        rule = "one or more different numbers in ascending order"
+        require("distances", self.distances, ascending, rule)
+        for distance in self.distances:
+            fine = 0 < distance < math.inf
+            require("distances", distance, fine, "positive and finite")
+        most = self.num_envs * (self.num_envs - 1)
+        fine = 1 <= self.num_pairs <= most
+        require("num_pairs", self.num_pairs, fine, f"between 1 and {most}")
+        fine = 1 <= self.examples <= self.examples_per_env
+        rule = f"between 1 and examples_per_env ({self.examples_per_env})"
+        require("examples", self.examples, fine, rule)
+        for field in ("search_starts", "search_steps", "searches_at_once"):
+            require(
+                field, getattr(self, field), getattr(self, field) >= 1, "at least 1"
+            )
+
+    def train_configs(self) -> list[TrainConfig]:
+        """The config of every network's run."""
+        first, last = self.seeds
+        return [
+            TrainConfig(**shared_settings(self), method=method, seed=seed)
+            for seed in range(first, last + 1)
+            for method in self.methods
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
 class WorkerOptions(RunOptions):
     """Where to write, and with how many processes."""
 
@@ -565,6 +626,18 @@ CORRELATIONS_PRESETS: dict[Preset, CorrelationsConfig] = {
     "cpu": CorrelationsConfig(),
     # 16 environments and batches of 1024, unlike the paper's training.
     "paper": CorrelationsConfig(shortcut_dims=32),
+}
+CONSISTENCY_PRESETS: dict[Preset, ConsistencyConfig] = {
+    "smoke": ConsistencyConfig(
+        **PRESETS["smoke"],
+        seeds=(0, 1),
+        distances=(0.03, 0.3),
+        num_pairs=2,
+        examples=16,
+        search_steps=2,
+    ),
+    "cpu": ConsistencyConfig(),
+    "paper": ConsistencyConfig(**PRESETS["paper"], seeds=(0, 4), num_pairs=16),
 }
 ENVS_PRESETS: dict[Preset, EnvsConfig] = {
     "smoke": EnvsConfig(

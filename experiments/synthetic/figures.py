@@ -297,6 +297,46 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def draw_consistency(rows: Sequence[Row]) -> Figure:
+    """Inconsistency of trained networks against the distance searched.
+
+    Args:
+      rows: `method`, `seed`, `variation`, `distance` and `score`.
+    """
+    use_style()
+    titles = {
+        "weights": "Anything added to any weight",
+        "scales": "Weights multiplied by factors",
+    }
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharex=True, sharey=True)
+    distances = sorted({row["distance"] for row in rows})
+    for axes, (variation, title) in zip(panels, titles.items(), strict=True):
+        for method in _methods(rows):
+            curves: dict[float, dict[float, float]] = {}
+            for row in rows:
+                if row["method"] == method and row["variation"] == variation:
+                    seed = curves.setdefault(row["seed"], {})
+                    seed[row["distance"]] = row["score"]
+            color = METHOD_COLORS[method]
+            values = np.array([[c[d] for d in distances] for c in curves.values()])
+            axes.plot(distances, values.T, color=color, alpha=0.35, lw=1.2)
+            axes.plot(
+                distances,
+                np.median(values, axis=0),
+                color=color,
+                marker="o",
+                label=METHOD_LABELS[method],
+            )
+        axes.set(xscale="log", yscale="log", title=title)
+        axes.set_xlabel("Distance searched, relative")
+        axes.set_xticks(distances, [f"{distance:g}" for distance in distances])
+        axes.minorticks_off()
+    panels[0].set_ylabel("Inconsistency found (loss, nats)")
+    panels[0].legend()
+    return figure
+
+
 def draw_envs(rows: Sequence[Row]) -> Figure:
     """O.o.d. test accuracy against the number of environments (figure 15).
 
