@@ -249,7 +249,8 @@ def inconsistency(
         scalar, an epsilon or max_distance that is no real scalar.
       ValueError: a batch whose leaves disagree on the number of environments, fewer
         than two of them, pairs outside of [0, env), numbers of steps and the like below
-        1, an epsilon or max_distance that is not positive (concrete values only).
+        1, an epsilon that is not positive or a max_distance that is not positive and
+        finite (concrete values only).
 
     Edge cases:
       ======================================  ======================================
@@ -285,6 +286,7 @@ def inconsistency(
     _validate.at_least("epsilon", epsilon, 0.0, strict=True)
     if max_distance is not None:
         _validate.at_least("max_distance", max_distance, 0.0, strict=True)
+        _validate.finite_at_least("max_distance", max_distance, 0.0)
     _validate.finite_at_least("damping", damping, 0.0)
     for name, number in {
         "num_starts": num_starts,

@@ -382,6 +382,7 @@ def call(**changes):
         ),
         ({"epsilon": 0.0}, ValueError, ("epsilon must be > 0",)),
         ({"max_distance": 0.0}, ValueError, ("max_distance must be > 0",)),
+        ({"max_distance": np.inf}, ValueError, ("max_distance must be finite",)),
         ({"damping": -1.0}, ValueError, ("damping must be finite and >= 0",)),
         ({"num_starts": 0}, ValueError, ("num_starts must be >= 1, got 0",)),
         ({"num_steps": 0}, ValueError, ("num_steps must be >= 1, got 0",)),
