@@ -1,8 +1,9 @@
-"""Choices of a search, apart from Optuna, which --help need not wait for."""
+"""Choices that configs name, apart from tyro and Optuna, which take long to import."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+Preset = Literal["smoke", "cpu", "paper"]
 Sampler = Literal["tpe", "random"]
 Pruner = Literal["none", "median", "hyperband"]

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import tyro
 
+from experiments.common.choices import Preset as Preset
 from experiments.common.run_dir import RunDir, RunDirError
+from experiments.common.validation import require
 
-Preset = Literal["smoke", "cpu", "paper"]
 DEFAULT_PRESET: Preset = "cpu"
 
 
@@ -40,6 +41,26 @@ class RunOptions:
     """Run directory; without it a readable name under runs/."""
     overwrite: bool = False
     """Discard the run that the directory holds and start again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerOptions(RunOptions):
+    """Where to write, and with how many processes."""
+
+    workers: int = 1
+    """Runs at the same time, each in a process of its own."""
+
+    def __post_init__(self) -> None:
+        require("workers", self.workers, self.workers >= 1, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureOptions(WorkerOptions):
+    """Where to write, with how many processes, and what is there already."""
+
+    results: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Directory with the CSV of an earlier run: draws the figure again, beside it or in
+    --out, and trains nothing. Other flags say nothing then."""
 
 
 Config = TypeVar("Config")

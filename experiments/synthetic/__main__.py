@@ -5,7 +5,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from experiments.common.cli import Command, Group, Invocation, RunOptions, main
+from experiments.common.cli import (
+    Command,
+    FigureOptions,
+    Group,
+    Invocation,
+    RunOptions,
+    WorkerOptions,
+    main,
+)
 from experiments.synthetic.config import (
     CONSISTENCY_PRESETS,
     CORRELATIONS_PRESETS,
@@ -17,13 +25,11 @@ from experiments.synthetic.config import (
     ConsistencyConfig,
     CorrelationsConfig,
     EnvsConfig,
-    FigureOptions,
     RerunConfig,
     SearchConfig,
     SearchOptions,
     SelectedConfig,
     TrainConfig,
-    WorkerOptions,
 )
 
 # The commands are imported when they run: --help need not wait for JAX.

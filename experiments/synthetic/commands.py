@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from experiments.common.choices import Preset
 from experiments.common.cli import (
+    FigureOptions,
     Invocation,
-    Preset,
     RunOptions,
+    WorkerOptions,
     announce,
     load_settings,
+)
+from experiments.common.figures import (
+    Drawings,
+    figure_dir,
+    finish_figures,
+    read_table,
+    redraw,
 )
 from experiments.common.files import write_json
 from experiments.common.pool import run_jobs
 from experiments.common.run_dir import METRICS as METRICS_FILE
-from experiments.common.run_dir import RunDir, RunDirError, save_png
+from experiments.common.run_dir import RunDir, RunDirError
 from experiments.synthetic.config import (
     PRESETS,
     CompareConfig,
     ConsistencyConfig,
     CorrelationsConfig,
     EnvsConfig,
-    FigureOptions,
     Method,
     RerunConfig,
     SearchConfig,
     SearchOptions,
     SelectedConfig,
     TrainConfig,
-    WorkerOptions,
 )
 from experiments.synthetic.data import Dataset
 from experiments.synthetic.figures import (
@@ -71,7 +75,7 @@ SEARCHES_TABLE = "searches.csv"
 SELECTED_FIGURES = ("figure6", "figure14")
 SELECTED_COLUMNS = ("method", "run", "seed", *METRICS)
 ENVS_COLUMNS = ("method", "num_envs", "threshold", "seed", "epochs", *METRICS)
-DRAWINGS: dict[str, Callable[[Sequence[Mapping[str, Any]]], Figure]] = {
+DRAWINGS: Drawings = {
     "figure6": draw_accuracies,
     "figure7": draw_correlations,
     "figure14": draw_curves,
@@ -319,7 +323,7 @@ def selected_figure(
 ) -> None:
     """Figures 6 and 14, which show the same runs: accuracies, learning curves."""
     if call.options.results is not None:
-        _redraw(call.options, (f"figure{number}",))
+        redraw(call.options, DRAWINGS, (f"figure{number}",))
         return
     config, options = call.config, call.options
     path = call.run_path(EXPERIMENT, f"selected-{options.preset}")
@@ -329,7 +333,9 @@ def selected_figure(
     }
     reruns = _rerun_rows(config.reruns)  # before hours of training, not after
     identity = {**dataclasses.asdict(config), "settings": settings}
-    with _figure_dir(path, "selected", call, identity, SELECTED_FIGURES) as run:
+    with figure_dir(
+        path, f"{EXPERIMENT} selected", call, identity, SELECTED_FIGURES, TRAIN
+    ) as run:
         announce(run)
         if not run.finished:
             jobs = [
@@ -345,8 +351,9 @@ def selected_figure(
             results = [outcome.result for outcome in outcomes]
             bars = [{**result, "run": ""} for result in results]
             bars += reruns
-            _finish_figures(
+            finish_figures(
                 run,
+                DRAWINGS,
                 {
                     "figure6": _columns(bars, SELECTED_COLUMNS),
                     "figure14": learning_curves(outcomes),
@@ -419,11 +426,13 @@ def learning_curves(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 def envs_figure(call: Invocation[EnvsConfig, FigureOptions]) -> None:
     """Figure 15: accuracy against the number of training environments."""
     if call.options.results is not None:
-        _redraw(call.options, ("figure15",))
+        redraw(call.options, DRAWINGS, ("figure15",))
         return
     config, options = call.config, call.options
     path = call.run_path(EXPERIMENT, f"envs-{options.preset}")
-    with _figure_dir(path, "envs", call, config, ("figure15",)) as run:
+    with figure_dir(
+        path, f"{EXPERIMENT} envs", call, config, ("figure15",), TRAIN
+    ) as run:
         announce(run)
         if not run.finished:
             jobs = []
@@ -437,7 +446,9 @@ def envs_figure(call: Invocation[EnvsConfig, FigureOptions]) -> None:
                 {"num_envs": c.num_envs, "threshold": c.threshold, **outcome.result}
                 for (_, c, _), outcome in zip(jobs, outcomes, strict=True)
             ]
-            _finish_figures(run, {"figure15": _columns(rows, ENVS_COLUMNS)}, {})
+            finish_figures(
+                run, DRAWINGS, {"figure15": _columns(rows, ENVS_COLUMNS)}, {}
+            )
         print(f"Figure: {run.path / 'figure15.png'}")
 
 
@@ -446,16 +457,20 @@ def correlations_figure(call: Invocation[CorrelationsConfig, FigureOptions]) -> 
     from experiments.synthetic.correlations import correlation_rows
 
     if call.options.results is not None:
-        _redraw(call.options, ("figure7",))
+        redraw(call.options, DRAWINGS, ("figure7",))
         return
     config = call.config
     path = call.run_path(EXPERIMENT, f"correlations-{call.options.preset}")
-    with _figure_dir(path, "correlations", call, config, ("figure7",)) as run:
+    with figure_dir(
+        path, f"{EXPERIMENT} correlations", call, config, ("figure7",), TRAIN
+    ) as run:
         announce(run)
         if not run.finished:
             first, last = config.seeds
             rows = correlation_rows(config, range(first, last + 1), config.logit_scale)
-            _finish_figures(run, {"figure7": rows}, {"seeds": last + 1 - first})
+            finish_figures(
+                run, DRAWINGS, {"figure7": rows}, {"seeds": last + 1 - first}
+            )
         print(f"Figure: {run.path / 'figure7.png'}")
 
 
@@ -465,10 +480,12 @@ def consistency(call: Invocation[ConsistencyConfig, FigureOptions]) -> None:
 
     options, config = call.options, call.config
     if options.results is not None:
-        _redraw(options, ("consistency",))
+        redraw(options, DRAWINGS, ("consistency",))
         return
     path = call.run_path(EXPERIMENT, f"consistency-{options.preset}")
-    with _figure_dir(path, "consistency", call, config, ("consistency",)) as run:
+    with figure_dir(
+        path, f"{EXPERIMENT} consistency", call, config, ("consistency",), TRAIN
+    ) as run:
         announce(run)
         if not run.finished:
             jobs = [
@@ -480,7 +497,7 @@ def consistency(call: Invocation[ConsistencyConfig, FigureOptions]) -> None:
             for job in tqdm(jobs, desc="search", unit="network"):
                 rows += _network_rows(job, lambda *network: rows_of(config, *network))
             summary = summarize_consistency(rows, VARIATIONS)
-            _finish_figures(run, {"consistency": rows}, summary)
+            finish_figures(run, DRAWINGS, {"consistency": rows}, summary)
         print(format_consistency(run.summary()))
         print(f"Every search: {run.path / 'consistency.csv'}")
         print(f"Figure: {run.path / 'consistency.png'}")
@@ -563,81 +580,6 @@ def _columns(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> list[dict[str, Any]]:
     return [{name: row[name] for name in names} for row in rows]
-
-
-def _figure_dir(
-    path: Path,
-    name: str,
-    call: Invocation[Any, FigureOptions],
-    config: Any,
-    figures: Sequence[str],
-) -> RunDir:
-    return RunDir(
-        path,
-        f"{EXPERIMENT} {name}",
-        config,
-        command=call.command,
-        overwrite=call.options.overwrite,
-        outputs=[f"{figure}{end}" for figure in figures for end in (".csv", ".png")],
-        parts=TRAIN,
-    )
-
-
-def _finish_figures(
-    run: RunDir,
-    tables: Mapping[str, Sequence[Mapping[str, Any]]],
-    summary: Mapping[str, Any],
-) -> None:
-    """Writes each figure's CSV and draws it from there, as --from does."""
-    for name, rows in tables.items():
-        run.write_metrics(rows, f"{name}.csv")
-        run.save_figure(
-            f"{name}.png", DRAWINGS[name](read_table(run.path / f"{name}.csv"))
-        )
-    run.finish(summary)
-
-
-def _redraw(options: FigureOptions, names: Sequence[str]) -> None:
-    """Draws figures from the CSV of an earlier run, beside it or in --out."""
-    assert options.results is not None
-    out = options.out or options.results
-    for name in names:
-        source = options.results / f"{name}.csv"
-        try:
-            figure = DRAWINGS[name](read_table(source))
-        except KeyError as error:
-            raise RunDirError(
-                f"{source} has no column {error}: it is not of this figure"
-            ) from None
-        out.mkdir(parents=True, exist_ok=True)
-        save_png(out / f"{name}.png", figure)
-        print(f"Figure: {out / f'{name}.png'}")
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV; what reads as a number is one.
-
-    Raises:
-      RunDirError: there is no such file, or it has no rows.
-    """
-
-    def value(text: str) -> Any:
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-    try:
-        reader = csv.DictReader(io.StringIO(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunDirError(
-            f"{path} is not there: --from takes the directory of a finished figure, "
-            "--reruns a table of seeds"
-        ) from None
-    rows = [{name: value(text) for name, text in row.items()} for row in reader]
-    if not rows:
-        raise RunDirError(f"{path} has no rows: make the figure again without --from")
-    return rows
 
 
 def summarize_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 
-from experiments.common.choices import Pruner, Sampler
-from experiments.common.cli import Preset, RunOptions
-from experiments.common.validation import require, require_choice
+from experiments.common.choices import Preset, Pruner, Sampler
+from experiments.common.cli import WorkerOptions
+from experiments.common.validation import (
+    require,
+    require_choice,
+    require_seed,
+    require_seeds,
+)
 
 Method = Literal[
     "erm",
@@ -192,7 +196,7 @@ class TrainConfig(Settings):
         super().__post_init__()
         require_choice("method", self.method, METHODS)
         _require_mask_opens(self.method, self.threshold)
-        _require_seed("seed", self.seed)
+        require_seed("seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +213,7 @@ class CompareConfig(Settings):
         _require_methods("methods", self.methods)
         for method in self.methods:
             _require_mask_opens(method, self.threshold)
-        _require_seed("seed", self.seed)
+        require_seed("seed", self.seed)
 
     def train_config(self, method: Method) -> TrainConfig:
         """The config of one method's run."""
@@ -229,7 +233,7 @@ class RerunConfig(Settings):
         super().__post_init__()
         require_choice("method", self.method, METHODS)
         _require_mask_opens(self.method, self.threshold)
-        _require_seeds(self.seeds)
+        require_seeds(self.seeds)
 
     def train_configs(self) -> list[TrainConfig]:
         """The config of every seed's run."""
@@ -313,8 +317,8 @@ class SearchConfig(Settings):
             require_choice(field, getattr(self, field), get_args(kind))
         require("trials", self.trials, self.trials >= 1, "at least 1")
         require("patience", self.patience, self.patience >= 1, "at least 1")
-        _require_seed("seed", self.seed)
-        _require_seed("search_seed", self.search_seed)
+        require_seed("seed", self.seed)
+        require_seed("search_seed", self.search_seed)
 
     @property
     def clean_rules(self) -> tuple[Rule, ...]:
@@ -357,8 +361,8 @@ class SelectedConfig:
         for rerun in self.reruns:
             label, _, file = rerun.partition("=")
             require("reruns", rerun, bool(label and file), "given as LABEL=FILE")
-        _require_seeds(self.seeds)
-        _require_seeds(self.many_seeds)
+        require_seeds(self.seeds)
+        require_seeds(self.many_seeds)
 
     def seeds_of(self, method: Method) -> range:
         """The seeds of a method."""
@@ -405,7 +409,7 @@ class EnvsConfig(Settings):
         some = len(self.thresholds) > 0
         require("thresholds", self.thresholds, some, "at least one")
         require("steps", self.steps, self.steps >= 1, "at least 1")
-        _require_seeds(self.seeds)
+        require_seeds(self.seeds)
 
     def train_configs(self) -> list[TrainConfig]:
         """The config of every run, the cheap ones first."""
@@ -455,7 +459,7 @@ class CorrelationsConfig(Settings):
         super().__post_init__()
         scale = self.logit_scale
         require("logit_scale", scale, 0 < scale < math.inf, "positive and finite")
-        _require_seeds(self.seeds)
+        require_seeds(self.seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -488,8 +492,8 @@ class ConsistencyConfig(Settings):
         _require_methods("methods", self.methods)
         for method in self.methods:
             _require_mask_opens(method, self.threshold)
-        _require_seeds(self.seeds)
-        _require_seed("search_seed", self.search_seed)
+        require_seeds(self.seeds)
+        require_seed("search_seed", self.search_seed)
         epsilon = self.epsilon
         require("epsilon", epsilon, 0 < epsilon < math.inf, "positive and finite")
         ascending = list(self.distances) == sorted(set(self.distances)) != []
@@ -520,32 +524,12 @@ class ConsistencyConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class WorkerOptions(RunOptions):
-    """Where to write, and with how many processes."""
-
-    workers: int = 1
-    """Runs at the same time, each in a process of its own."""
-
-    def __post_init__(self) -> None:
-        require("workers", self.workers, self.workers >= 1, "at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
 class SearchOptions(WorkerOptions):
     """Where to write, with how many processes, and where the trials are kept."""
 
     storage: str | None = None
     """Database URL or journal file that several commands share, each with an --out of
     its own; without it a journal in the run directory."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FigureOptions(WorkerOptions):
-    """Where to write, with how many processes, and what is there already."""
-
-    results: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Directory with the CSV of an earlier run: draws the figure again, beside it or in
-    --out, and trains nothing. Other flags say nothing then."""
 
 
 def _require_methods(field: str, methods: tuple[Method, ...]) -> None:
@@ -559,17 +543,6 @@ def _require_mask_opens(method: Method, threshold: float) -> None:
     if method == "sand_mask":
         rule = "below 1 for sand_mask, whose mask is 0 at an agreement of the threshold"
         require("threshold", threshold, threshold < 1, rule)
-
-
-def _require_seeds(seeds: tuple[int, int]) -> None:
-    first, last = seeds
-    _require_seed("seeds", first)
-    _require_seed("seeds", last)
-    require("seeds", seeds, first <= last, "in ascending order")
-
-
-def _require_seed(field: str, seed: int) -> None:
-    require(field, seed, 0 <= seed < 2**32, "between 0 and 2**32 - 1")
 
 
 def shared_settings(config: Settings) -> dict[str, Any]:

@@ -7,7 +7,12 @@ import math
 from typing import Literal, get_args
 
 from experiments.common.cli import Preset
-from experiments.common.validation import require, require_choice
+from experiments.common.validation import (
+    require,
+    require_choice,
+    require_seed,
+    require_seeds,
+)
 
 Method = Literal["erm", "and_mask", "geometric_mean"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -99,7 +104,7 @@ class NormsConfig:
         require("num_envs", self.num_envs, ascending, rule)
         for number in self.num_envs:
             _require_count("num_envs", number)
-        _require_seed("seed", self.seed)
+        require_seed("seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +195,7 @@ class RegressionConfig:
         rate_decay = self.learning_rate_decay
         require("learning_rate_decay", rate_decay, 0 < rate_decay <= 1, "in (0, 1]")
         _require_count("steps", self.steps)
-        first, last = self.seeds
-        _require_seed("seeds", first)
-        _require_seed("seeds", last)
-        require("seeds", self.seeds, first <= last, "in ascending order")
+        require_seeds(self.seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,7 @@ class DescentConfig:
         require("thresholds", self.thresholds, distinct, rule)
         for threshold in self.thresholds:
             require("thresholds", threshold, 0 <= threshold <= 1, "in [0, 1]")
-        _require_seed("seed", self.seed)
+        require_seed("seed", self.seed)
 
 
 def _require_positive(field: str, value: float) -> None:
@@ -238,10 +240,6 @@ def _require_positive(field: str, value: float) -> None:
 
 def _require_count(field: str, value: int, least: int = 1) -> None:
     require(field, value, value >= least, f"at least {least}")
-
-
-def _require_seed(field: str, seed: int) -> None:
-    require(field, seed, 0 <= seed < 2**32, "between 0 and 2**32 - 1")
 
 
 # The paper gives sizes for figure 4 and the regression alone. They take less than a

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -41,6 +42,14 @@ def toy_epoch(state, epoch):
     """A recursion whose every float32 depends on all the epochs before."""
     x = state["x"] * jnp.float32(1.1) + jnp.float32(0.01) * epoch
     return {"x": x, "count": state["count"] + 1}, {"loss": x, "square": x * x}
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Without optimization, where compiling for a few steps is all that tests cost."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from experiments.common.cli import WorkerOptions
 from experiments.synthetic.config import (
     METHODS,
     PRESETS,
@@ -12,7 +13,6 @@ from experiments.synthetic.config import (
     SearchConfig,
     SelectedConfig,
     TrainConfig,
-    WorkerOptions,
 )
 
 INVALID = [

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from experiments.common.cli import main
+from experiments.common.figures import read_table
 from experiments.synthetic.__main__ import COMMANDS
-from experiments.synthetic.commands import read_table, summarize_consistency
+from experiments.synthetic.commands import summarize_consistency
 from experiments.synthetic.config import (
     CONSISTENCY_PRESETS,
     PRESETS,

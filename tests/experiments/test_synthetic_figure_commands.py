@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from experiments.common.cli import main
+from experiments.common.figures import read_table
 from experiments.common.run_dir import RunDir, RunDirError
 from experiments.synthetic import commands
 from experiments.synthetic.__main__ import COMMANDS
@@ -15,7 +16,6 @@ from experiments.synthetic.commands import (
     DRAWINGS,
     Outcome,
     learning_curves,
-    read_table,
     selected_settings,
 )
 from experiments.synthetic.config import (
@@ -273,7 +273,8 @@ def test_read_table_numbers_are_numbers(tmp_path):
     [row] = read_table(tmp_path / "t.csv")
     assert (row["a"], row["b"]) == (1.0, "x")
     assert row["c"] != row["c"]
-    assert set(DRAWINGS) == {"figure6", "figure7", "figure14", "figure15"}
+    figures = {f"figure{number}" for number in (6, 7, 14, 15)}
+    assert set(DRAWINGS) == {*figures, "consistency"}
 
 
 def test_selected_settings_are_a_search_on_top_of_a_preset(tmp_path):

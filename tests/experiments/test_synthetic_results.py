@@ -7,7 +7,8 @@ import statistics
 
 import pytest
 
-from experiments.synthetic.commands import DRAWINGS, read_table, selected_settings
+from experiments.common.figures import read_table
+from experiments.synthetic.commands import DRAWINGS, selected_settings
 from experiments.synthetic.config import (
     AGGREGATORS,
     METHODS,

@@ -1,0 +1,509 @@
+"""Training with every example its own environment, on the device for whole epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import hardvary
+from experiments.vision.config import Settings, TrainConfig, shared_settings
+from experiments.vision.data import Images, redraw_labels
+from experiments.vision.model import (
+    ENV_AXIS,
+    LAYERS,
+    NORMS,
+    Architecture,
+    BatchStats,
+    Params,
+    Variables,
+    init_variables,
+    layer_of,
+    make_apply,
+    make_train_apply,
+)
+
+if TYPE_CHECKING:
+    from experiments.common.run_dir import RunDir
+
+METRICS = (
+    "train_loss",
+    "train_accuracy",
+    "mislabelled_given_accuracy",
+    "mislabelled_true_accuracy",
+    "correct_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "running_loss",
+    "learning_rate",
+    "kept_fraction",
+    *(f"kept_{layer}" for layer in (*LAYERS, NORMS)),
+)
+PROGRESS = {
+    "loss": ("train_loss", ".3f"),
+    "train": ("train_accuracy", ".1%"),
+    "test": ("test_accuracy", ".1%"),
+    "kept": ("kept_fraction", ".2%"),
+}
+# Images that are evaluated at a time.
+EVALUATED_AT_ONCE = 500
+
+
+class State(NamedTuple):
+    """What training carries from step to step."""
+
+    variables: Variables
+    opt_state: optax.OptState
+
+
+class Examples(NamedTuple):
+    """A split on the device.
+
+    `images` uint8 [example, height, width, channel]; `given` are the labels that are
+    trained on and `true` the true ones, int32 [example], equal in the test set.
+    """
+
+    images: jax.Array
+    given: jax.Array
+    true: jax.Array
+
+
+class Dataset(NamedTuple):
+    """What a run trains and is evaluated on."""
+
+    train: Examples
+    test: Examples
+
+
+class Keys(NamedTuple):
+    """One source of randomness for each purpose, all from one seed."""
+
+    labels: jax.Array
+    model: jax.Array
+    batches: jax.Array
+
+
+class Rates(NamedTuple):
+    """Settings of an epoch that are no part of what is compiled, float32 scalars.
+
+    Plain training does not look at the threshold.
+    """
+
+    threshold: jax.Array
+    learning_rate: jax.Array
+
+
+class Kept(NamedTuple):
+    """Share of the components that passed the mask: of all, and of each layer's."""
+
+    overall: jax.Array
+    layers: dict[str, jax.Array]
+
+
+class Step(NamedTuple):
+    """What a step reports."""
+
+    loss: jax.Array
+    kept: Kept
+
+
+class Trainer(NamedTuple):
+    """The compiled functions of one setting; seeds, rates and labels share them.
+
+    `init(key)` gives the initial state, and `epoch(state, dataset, key, index, rates)`
+    the state after one more epoch and its metrics.
+    """
+
+    init: Callable[[jax.Array], State]
+    epoch: Callable[..., tuple[State, dict[str, jax.Array]]]
+
+
+def make_keys(seed: int) -> Keys:
+    """Independent keys for redrawn labels, initial weights and batches."""
+    key = jax.random.key(seed)
+    return Keys(*(jax.random.fold_in(key, purpose) for purpose in range(3)))
+
+
+def dataset_for(config: TrainConfig, images: Images) -> Dataset:
+    """The examples of a run, on the device, with its labels."""
+    train, test = (
+        Examples(jnp.asarray(split.images), labels, labels)
+        for split in images
+        for labels in (jnp.asarray(split.labels),)
+    )
+    key = make_keys(config.seed).labels
+    given, _ = redraw_labels(key, train.true, config.redrawn)
+    return Dataset(train._replace(given=given), test)
+
+
+def architecture_for(config: Settings, channels: int) -> Architecture:
+    """The network of a config for images with so many channels."""
+    return Architecture(channels, config.width, config.norm)
+
+
+def make_optimizer(config: Settings) -> optax.GradientTransformation:
+    """From the aggregated gradient to a direction: decay and Adam's moments.
+
+    The learning rate is no part of it, so that runs may share what is compiled.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.decay_order == "coupled":
+        return optax.chain(decay, adam)
+    return optax.chain(adam, decay)
+
+
+class Gradients(NamedTuple):
+    """What a step's examples give.
+
+    `losses` [example]; `mean` is a tree like the parameters, or a `GradStats` if the
+    examples are to vote.
+    """
+
+    losses: jax.Array
+    gradients: Any
+    batch_stats: BatchStats
+
+
+# (variables, images [example, height, width, channel], labels [example]) to gradients.
+GradientsFn = Callable[[Variables, jax.Array, jax.Array], Gradients]
+
+
+def make_plain_gradients(config: Settings, channels: int) -> GradientsFn:
+    """The gradient of the mean loss; a plain training step."""
+    losses_of = _batch_losses(config, channels)
+
+    def plain(variables: Variables, images: jax.Array, labels: jax.Array) -> Gradients:
+        def loss_fn(params: Params) -> tuple[jax.Array, tuple[jax.Array, BatchStats]]:
+            losses, batch_stats = losses_of(
+                params, variables.batch_stats, images, labels
+            )
+            return losses.mean(), (losses, batch_stats)
+
+        grads, (losses, batch_stats) = jax.grad(loss_fn, has_aux=True)(variables.params)
+        return Gradients(losses, grads, batch_stats)
+
+    return plain
+
+
+def make_voting_gradients(config: Settings, channels: int) -> GradientsFn:
+    """Mean and votes of the gradients of all examples, as `GradStats`."""
+    if config.norm == "batch" and config.batch_norm == "coupled":
+        return _make_coupled_gradients(config, channels)
+    shared = config.norm == "batch"
+    axis_name = ENV_AXIS if shared else None
+    apply = make_train_apply(architecture_for(config, channels), axis_name)
+
+    def loss_fn(
+        params: Params,
+        example: tuple[jax.Array, jax.Array],
+        *,
+        batch_stats: BatchStats,
+    ) -> tuple[jax.Array, BatchStats]:
+        image, label = example
+        logits, batch_stats = apply(Variables(params, batch_stats), image[None])
+        return _cross_entropy(logits, label[None])[0], batch_stats
+
+    oracle = hardvary.value_and_grad_stats(
+        loss_fn, method=config.oracle, has_aux=True, env_axis_name=axis_name
+    )
+
+    def path(variables: Variables, images: jax.Array, labels: jax.Array) -> Gradients:
+        params, batch_stats = variables
+        (losses, batch_stats), stats = oracle(
+            params, (images, labels), batch_stats=batch_stats
+        )
+        # Taken over all examples together, so the same for each of them.
+        batch_stats = jax.tree.map(lambda leaf: leaf[0], batch_stats)
+        return Gradients(losses, stats, batch_stats)
+
+    return path
+
+
+def _make_coupled_gradients(config: Settings, channels: int) -> GradientsFn:
+    losses_of = _batch_losses(config, channels)
+
+    def coupled(
+        variables: Variables, images: jax.Array, labels: jax.Array
+    ) -> Gradients:
+        def loss_fn(params: Params) -> tuple[jax.Array, BatchStats]:
+            return losses_of(params, variables.batch_stats, images, labels)
+
+        losses, pull, batch_stats = jax.vjp(loss_fn, variables.params, has_aux=True)
+        count, size = len(labels), config.microbatch_size
+
+        def add(sums: hardvary.GradStats, rows: jax.Array) -> tuple[Any, None]:
+            """Adds the gradients of the losses that `rows` [size, example] pick."""
+            (grads,) = jax.vmap(pull)(rows)
+            mean = jax.tree.map(
+                lambda total, leaf: total + leaf.sum(0) / count, sums.mean, grads
+            )
+            votes = jax.tree.map(
+                lambda total, leaf: total + _votes(leaf).sum(0), sums.sign_sum, grads
+            )
+            return hardvary.GradStats(mean, votes, num_envs=sums.num_envs), None
+
+        zeros = jax.tree.map(jnp.zeros_like, variables.params)
+        start = hardvary.GradStats(zeros, zeros, num_envs=jnp.float32(count))
+        rows = jnp.eye(count, dtype=losses.dtype).reshape(count // size, size, count)
+        stats, _ = jax.lax.scan(add, start, rows)
+        return Gradients(losses, stats, batch_stats)
+
+    return coupled
+
+
+def _votes(grads: jax.Array) -> jax.Array:
+    # As the library has it: a diverged example's vote must not pass for one.
+    return jnp.where(jnp.isfinite(grads), jnp.sign(grads), jnp.nan)
+
+
+def _batch_losses(
+    config: Settings, channels: int
+) -> Callable[..., tuple[jax.Array, BatchStats]]:
+    """`(params, batch_stats, images, labels)` to losses [example] and batch_stats."""
+    apply = make_train_apply(architecture_for(config, channels))
+
+    def losses_of(
+        params: Params, batch_stats: BatchStats, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, BatchStats]:
+        logits, batch_stats = apply(Variables(params, batch_stats), images)
+        return _cross_entropy(logits, labels), batch_stats
+
+    return losses_of
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def apply_mask(
+    config: Settings, threshold: jax.Array, stats: hardvary.GradStats
+) -> tuple[Params, Kept]:
+    """The AND-mask, and what it keeps of each layer.
+
+    Weight tensors are layers of their own; scales and offsets of the norms are
+    counted together.
+    """
+    mask = hardvary.and_mask(
+        threshold, rescale=config.rescale, max_rescale=config.max_rescale
+    )
+    kept = dict.fromkeys((*LAYERS, NORMS), jnp.float32(0))
+    sizes = dict.fromkeys(kept, 0)
+
+    # One parameter at a time: the mask reports one share for what it is given.
+    def update(path: Any, mean: jax.Array, sign_sum: jax.Array) -> jax.Array:
+        leaf = dataclasses.replace(stats, mean=mean, sign_sum=sign_sum)
+        masked, state = mask.update(leaf, mask.init(mean))
+        layer = layer_of(path)
+        kept[layer] = kept[layer] + state.kept_fraction * mean.size
+        sizes[layer] += mean.size
+        return masked
+
+    updates = jax.tree_util.tree_map_with_path(update, stats.mean, stats.sign_sum)
+    overall = sum(kept.values(), jnp.float32(0)) / sum(sizes.values())
+    return updates, Kept(overall, {name: kept[name] / sizes[name] for name in kept})
+
+
+def _keep_all(grads: Params) -> tuple[Params, Kept]:
+    one = jnp.float32(1)
+    return grads, Kept(one, dict.fromkeys((*LAYERS, NORMS), one))
+
+
+def make_trainer(
+    config: TrainConfig, channels: int, in_one_piece: bool | None = None
+) -> Trainer:
+    """The functions that train `config`, compiled once for all its seeds and rates.
+
+    Args:
+      config: what to train. A threshold of 0 is plain training, at its cost.
+      channels: of the images.
+      in_one_piece: whether an epoch is one compiled function. If not, each of its steps
+        is one, and nothing leaves the device in between either. The default is no on
+        CPU: XLA's compiler brings the convolutions of a backward pass into the form
+        that it has fast code for only outside of loops; in a scan they take 15 to 100
+        times as long.
+    """
+    if in_one_piece is None:
+        in_one_piece = jax.default_backend() != "cpu"
+    elsewhere = {"epochs": 1, "drops": (), "checkpoint_every": 1}
+    settings = Settings(**{**shared_settings(config), **elsewhere})
+    return _make_trainer(settings, channels, config.threshold > 0, in_one_piece)
+
+
+# Apart, because training with and without the mask have it in common.
+@functools.lru_cache(maxsize=16)
+def _make_init(config: Settings, channels: int) -> Callable[[jax.Array], State]:
+    optimizer, architecture = make_optimizer(config), architecture_for(config, channels)
+
+    @jax.jit
+    def init(key: jax.Array) -> State:
+        variables = init_variables(key, architecture)
+        return State(variables, optimizer.init(variables.params))
+
+    return init
+
+
+@functools.lru_cache(maxsize=16)
+def _make_trainer(
+    config: Settings, channels: int, masked: bool, in_one_piece: bool
+) -> Trainer:
+    optimizer = make_optimizer(config)
+    make_gradients = make_voting_gradients if masked else make_plain_gradients
+    gradients_of = make_gradients(config, channels)
+    architecture = architecture_for(config, channels)
+
+    def step(
+        state: State, dataset: Dataset, rows: jax.Array, rates: Rates
+    ) -> tuple[State, Step]:
+        """One step on the examples `rows`."""
+        (params, _), opt_state = state
+        images, labels = dataset.train.images[rows], dataset.train.given[rows]
+        losses, grads, batch_stats = gradients_of(state.variables, images, labels)
+        if masked:
+            grads, kept = apply_mask(config, rates.threshold, grads)
+        else:
+            grads, kept = _keep_all(grads)
+        direction, opt_state = optimizer.update(grads, opt_state, params)
+        params = jax.tree.map(
+            lambda param, leaf: param - rates.learning_rate * leaf, params, direction
+        )
+        state = State(Variables(params, batch_stats), opt_state)
+        return state, Step(losses.mean(), kept)
+
+    def order_of(dataset: Dataset, key: jax.Array, index: jax.Array) -> jax.Array:
+        examples = len(dataset.train.given)
+        key = jax.random.fold_in(key, index)
+        return epoch_order(key, examples, config.batch_size)
+
+    def end(
+        state: State, dataset: Dataset, steps: Step, rates: Rates
+    ) -> dict[str, jax.Array]:
+        """The metrics of an epoch, from what its steps report."""
+        mean = jax.tree.map(jnp.mean, steps)
+        return {
+            **evaluate(architecture, state.variables, dataset),
+            "running_loss": mean.loss,
+            "learning_rate": rates.learning_rate,
+            "kept_fraction": mean.kept.overall,
+            **{f"kept_{layer}": share for layer, share in mean.kept.layers.items()},
+        }
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def whole_epoch(
+        state: State, dataset: Dataset, key: jax.Array, index: jax.Array, rates: Rates
+    ) -> tuple[State, dict[str, jax.Array]]:
+        order = order_of(dataset, key, index)
+        state, steps = jax.lax.scan(
+            lambda state, rows: step(state, dataset, rows, rates), state, order
+        )
+        return state, end(state, dataset, steps, rates)
+
+    order_alone, end_alone = jax.jit(order_of), jax.jit(end)
+    step_alone = jax.jit(step, donate_argnums=0)
+
+    def stepwise_epoch(
+        state: State, dataset: Dataset, key: jax.Array, index: jax.Array, rates: Rates
+    ) -> tuple[State, dict[str, jax.Array]]:
+        order = order_alone(dataset, key, index)
+        steps = []
+        for rows in order:
+            state, report = step_alone(state, dataset, rows, rates)
+            steps.append(report)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
+        return state, end_alone(state, dataset, stacked, rates)
+
+    return Trainer(
+        _make_init(config, channels), whole_epoch if in_one_piece else stepwise_epoch
+    )
+
+
+def rates_at(config: TrainConfig, index: int) -> Rates:
+    """The rates of epoch `index` (from 0): a tenth of the learning rate each drop."""
+    dropped = sum(index >= drop for drop in config.drops)
+    rate = config.learning_rate * 0.1**dropped
+    return Rates(jnp.float32(config.threshold), jnp.float32(rate))
+
+
+def epoch_order(key: jax.Array, examples: int, batch_size: int) -> jax.Array:
+    """Indices [step, batch_size] of one epoch; an incomplete last batch is dropped."""
+    steps = examples // batch_size
+    order = jax.random.permutation(key, examples)
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def evaluate(
+    architecture: Architecture, variables: Variables, dataset: Dataset
+) -> dict[str, jax.Array]:
+    """Losses and accuracies in evaluation mode, on all examples.
+
+    Where nothing is mislabelled, the accuracies on that part are NaN.
+    """
+    apply = make_apply(architecture)
+
+    def logits_of(images: jax.Array) -> jax.Array:
+        return jax.lax.map(
+            lambda image: apply(variables, image[None])[0],
+            images,
+            batch_size=min(EVALUATED_AT_ONCE, len(images)),
+        )
+
+    train, test = dataset
+    logits, test_logits = logits_of(train.images), logits_of(test.images)
+    predicted, test_predicted = logits.argmax(-1), test_logits.argmax(-1)
+    mislabelled = train.given != train.true
+
+    def accuracy(labels: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        return jnp.mean(predicted == labels, where=where)
+
+    return {
+        "train_loss": _cross_entropy(logits, train.given).mean(),
+        "train_accuracy": accuracy(train.given),
+        "mislabelled_given_accuracy": accuracy(train.given, mislabelled),
+        "mislabelled_true_accuracy": accuracy(train.true, mislabelled),
+        "correct_accuracy": accuracy(train.true, ~mislabelled),
+        "test_loss": _cross_entropy(test_logits, test.true).mean(),
+        "test_accuracy": jnp.mean(test_predicted == test.true),
+    }
+
+
+def train(
+    config: TrainConfig, run: RunDir, images: Images, *, quiet: bool = False
+) -> list[dict[str, float]]:
+    """Trains to the end, from the start or from the run's last checkpoint.
+
+    Args:
+      config: what to train.
+      run: where the checkpoints and metrics go.
+      images: the dataset of `config`, from the caller because runs share it.
+      quiet: without a progress bar.
+
+    Returns:
+      The metrics of every epoch.
+    """
+    # Here, so that the functions above do without Orbax and tqdm.
+    from experiments.common.training import run_epochs
+
+    trainer = make_trainer(config, images.train.images.shape[-1])
+    dataset, keys = dataset_for(config, images), make_keys(config.seed)
+
+    def epoch_fn(state: State, index: int) -> tuple[State, dict[str, Any]]:
+        rates = rates_at(config, index)
+        state, metrics = trainer.epoch(state, dataset, keys.batches, index, rates)
+        # jit sorts the keys of dictionaries; the columns of metrics.csv keep ours.
+        return state, {name: metrics[name] for name in METRICS}
+
+    _, history = run_epochs(
+        run,
+        epoch_fn,
+        trainer.init(keys.model),
+        config.epochs,
+        checkpoint_every=config.checkpoint_every,
+        progress=None if quiet else PROGRESS,
+        title=config.name,
+    )
+    return history

@@ -1,0 +1,165 @@
+"""The commands of the vision experiment, on tiny generated images."""
+
+import csv
+import json
+
+import pytest
+from matplotlib.image import imread
+
+from experiments.common.cli import main
+from experiments.vision.__main__ import COMMANDS
+from experiments.vision.config import (
+    LABEL_NOISE_PRESETS,
+    MEMORIZE_PRESETS,
+    LabelNoiseConfig,
+    MemorizeConfig,
+    Settings,
+    TrainConfig,
+)
+from experiments.vision.training import METRICS
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def vision(*arguments):
+    """Runs a command in this process; returns its exit code."""
+    return main("python -m experiments.vision", COMMANDS, list(map(str, arguments)))
+
+
+def read_csv(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def memorized(tmp_path_factory):
+    path = tmp_path_factory.mktemp("memorize") / "run"
+    assert vision("memorize", "--preset", "smoke", "--out", path) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("label-noise") / "run"
+    assert vision("label-noise", "--preset", "smoke", "--out", path) == 0
+    return path
+
+
+def test_memorize_smoke_writes_runs_tables_and_figures(memorized):
+    config = MEMORIZE_PRESETS["smoke"]
+    runs = config.train_configs()
+    assert len(runs) == 4
+    for run in runs:
+        rows = read_csv(memorized / run.name / "metrics.csv")
+        assert len(rows) == run.epochs
+        assert list(rows[0]) == ["epoch", *METRICS]
+    final = read_csv(memorized / "figure8.csv")
+    assert [(r["labels"], float(r["threshold"])) for r in final] == [
+        ("random", 0.0),
+        ("random", 0.2),
+        ("true", 0.0),
+        ("true", 0.2),
+    ]
+    curves = read_csv(memorized / "figure16.csv")
+    assert len(curves) == 4 * config.epochs
+    for name in ("figure8.png", "figure16.png"):
+        assert imread(memorized / name).std() > 0.01
+    summary = json.loads((memorized / "summary.json").read_text())
+    assert [run["kept_fraction"] for run in summary["runs"]][::2] == [1.0, 1.0]
+
+
+def test_label_noise_smoke_writes_runs_table_and_figure(noisy):
+    rows = read_csv(noisy / "figure9.csv")
+    assert len(rows) == 2 * 2 * LABEL_NOISE_PRESETS["smoke"].epochs
+    assert {row["method"] for row in rows} == {"baseline", "and_mask"}
+    assert all(0 <= float(row["mislabelled_given_accuracy"]) <= 1 for row in rows)
+    assert {float(row["learning_rate"]) for row in rows} == {1e-3}
+    assert imread(noisy / "figure9.png").std() > 0.01
+
+
+def test_finished_command_trains_nothing_again(memorized, capsys):
+    modified = (memorized / "figure8.csv").stat().st_mtime_ns
+    assert vision("memorize", "--preset", "smoke", "--out", memorized) == 0
+    assert "finished; --overwrite runs it again" in capsys.readouterr().out
+    assert (memorized / "figure8.csv").stat().st_mtime_ns == modified
+
+
+@pytest.mark.parametrize("number", [8, 16])
+def test_figure_of_the_same_runs_is_the_commands(memorized, number, capsys):
+    arguments = ("figure", number, "--preset", "smoke", "--out", memorized)
+    assert vision(*arguments) == 0
+    assert f"Figure: {memorized / f'figure{number}.png'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [8, 9, 16])
+def test_figure_from_tables_draws_the_same_again(memorized, noisy, tmp_path, number):
+    source = noisy if number == 9 else memorized
+    assert vision("figure", number, "--from", source, "--out", tmp_path) == 0
+    name = f"figure{number}.png"
+    assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_figure_from_a_directory_without_it_is_refused(tmp_path, capsys):
+    assert vision("figure", "9", "--from", tmp_path) == 2
+    assert "figure9.csv is not there" in capsys.readouterr().err
+
+
+def test_memorize_without_data_says_how_to_get_them(tmp_path, capsys):
+    arguments = (
+        "--dataset",
+        "cifar10",
+        "--data-dir",
+        tmp_path,
+        "--out",
+        tmp_path / "r",
+    )
+    assert vision("memorize", "--preset", "smoke", *arguments) == 2
+    assert "holds neither cifar-10-python.tar.gz nor" in capsys.readouterr().err
+
+
+def test_paper_presets_are_the_papers_settings():
+    memorize, noise = MEMORIZE_PRESETS["paper"], LABEL_NOISE_PRESETS["paper"]
+    for config in (memorize, noise):
+        assert (config.dataset, config.width, config.batch_size) == ("cifar10", 64, 80)
+        assert (config.epochs, config.weight_decay, config.rescale) == (80, 1e-6, True)
+        assert (config.norm, config.decay_order) == ("batch", "coupled")
+    assert memorize.drops == (40, 60)
+    assert noise.drops == (60,)
+    assert noise.learning_rates == (5e-4, 1e-3, 5e-3)
+    assert len(memorize.train_configs()) == 7 * 2 * 2
+    assert len(noise.train_configs()) == 2 * 3 * 3
+
+
+@pytest.mark.parametrize("presets", [MEMORIZE_PRESETS, LABEL_NOISE_PRESETS])
+@pytest.mark.parametrize("preset", ["smoke", "cpu", "paper"])
+def test_train_configs_have_directories_of_their_own(presets, preset):
+    names = [config.name for config in presets[preset].train_configs()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (Settings, {"dataset": "mnist"}, "dataset must be one of cifar10, .* 'mnist'"),
+        (Settings, {"train_examples": 15}, "train_examples must be a multiple of 10"),
+        (Settings, {"train_examples": 50}, "batch_size must be at most train_exam"),
+        (Settings, {"drops": (40, 40)}, "drops must be positive and in ascending"),
+        (Settings, {"width": 0}, "width must be at least 1, got 0"),
+        (Settings, {"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
+        (Settings, {"weight_decay": -1.0}, "weight_decay must be non-negative"),
+        (Settings, {"microbatch_size": 3}, "microbatch_size must be a divisor of bat"),
+        (Settings, {"rescale": False, "max_rescale": 2.0}, "max_rescale needs resca"),
+        (TrainConfig, {"redrawn": 1.5}, r"redrawn must be in \[0, 1\], got 1.5"),
+        (TrainConfig, {"learning_rate": 0.0}, "learning_rate must be positive"),
+        (TrainConfig, {"seed": -1}, "seed must be between 0"),
+        (MemorizeConfig, {"thresholds": ()}, "thresholds must be one or more"),
+        (MemorizeConfig, {"thresholds": (2.0,)}, r"thresholds must be in \[0, 1\]"),
+        (MemorizeConfig, {"labels": ("wrong",)}, "labels must be one of true, random"),
+        (MemorizeConfig, {"seeds": (2, 1)}, "seeds must be in ascending order"),
+        (LabelNoiseConfig, {"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0"),
+        (LabelNoiseConfig, {"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
+        (LabelNoiseConfig, {"learning_rates": (1.0, 1.0)}, "learning_rates must be"),
+    ],
+)
+def test_config_invalid_value_is_refused(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
