@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -242,7 +243,9 @@ def test_run_epochs_second_interrupt_stops_at_once(open_run, expected):
     def epoch_fn(state, index):
         if index == 5:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # two that wait together are one signal
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
             pytest.fail("went on after the second interrupt")
         return toy_epoch(state, index)
 
