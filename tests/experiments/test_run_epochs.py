@@ -239,6 +239,15 @@ def crash_before(epoch):
     return epoch_fn
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where a shell has started the tests in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_run_epochs_second_interrupt_stops_at_once(open_run, expected):
     def epoch_fn(state, index):
         if index == 5:
