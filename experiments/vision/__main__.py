@@ -7,8 +7,12 @@ from typing import Any
 
 from experiments.common.cli import Command, Group, Invocation, main
 from experiments.vision.config import (
+    BATCH_NORM_PRESETS,
+    COST_PRESETS,
     LABEL_NOISE_PRESETS,
     MEMORIZE_PRESETS,
+    BatchNormConfig,
+    CostConfig,
     LabelNoiseConfig,
     MemorizeConfig,
 )
@@ -29,6 +33,20 @@ def label_noise(call: Invocation[LabelNoiseConfig, VisionOptions]) -> None:
     from experiments.vision import commands
 
     commands.label_noise(call)
+
+
+def batch_norm(call: Invocation[BatchNormConfig, VisionOptions]) -> None:
+    """Compare the readings of a gradient behind batch norm, on one batch."""
+    from experiments.vision import batch_norm
+
+    batch_norm.run(call)
+
+
+def cost(call: Invocation[CostConfig, VisionOptions]) -> None:
+    """Time epochs with and without the mask, side by side."""
+    from experiments.vision import cost
+
+    cost.run(call)
 
 
 def figure_8(call: Invocation[MemorizeConfig, VisionOptions]) -> None:
@@ -60,6 +78,8 @@ FIGURES: dict[str, Command[Any, Any]] = {
 COMMANDS: dict[str, Command[Any, Any] | Group] = {
     "memorize": Command(MEMORIZE_PRESETS, VisionOptions, memorize),
     "label-noise": Command(LABEL_NOISE_PRESETS, VisionOptions, label_noise),
+    "batch-norm": Command(BATCH_NORM_PRESETS, VisionOptions, batch_norm),
+    "cost": Command(COST_PRESETS, VisionOptions, cost),
     "figure": Group("Draw figure 8, 9 or 16 of the paper.", FIGURES),
 }
 

@@ -245,6 +245,75 @@ class LabelNoiseConfig(Settings):
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchNormConfig(Settings):
+    """Two readings of a gradient behind shared statistics, on one batch.
+
+    The network is trained without a mask; with its weights after some epochs the votes
+    of one batch are taken both ways, and those of a network with group norm.
+    `batch_norm` and `norm` are what is compared, so their settings say nothing here.
+    """
+
+    drops: tuple[int, ...] = ()
+    """Epochs after which the learning rate falls to a tenth."""
+    looks: tuple[int, ...] = (0, 5, 80)
+    """Epochs of training after which the readings are compared."""
+    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+    """Thresholds of the AND-mask."""
+    redrawn: float = 0.0
+    """Share of the training labels that is redrawn uniformly."""
+    learning_rate: float = 5e-4
+    """Initial learning rate."""
+    rounds: int = 5
+    """How often each way is timed, one after the other in every round."""
+    seed: int = 0
+    """Seed of the initial weights, the redrawn labels and the order of examples."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_distinct("looks", self.looks)
+        rising = sorted(self.looks) == list(self.looks)
+        in_range = rising and self.looks[0] >= 0 and self.looks[-1] <= self.epochs
+        rule = f"in ascending order, between 0 and epochs ({self.epochs})"
+        require("looks", self.looks, in_range, rule)
+        _require_distinct("thresholds", self.thresholds)
+        for threshold in self.thresholds:
+            require("thresholds", threshold, 0 < threshold <= 1, "in (0, 1]")
+        require("rounds", self.rounds, self.rounds >= 1, "at least 1")
+        # The rest of what is asked of a training.
+        self.train_config("batch")
+
+    def train_config(self, norm: Norm) -> TrainConfig:
+        """The training, with one of the two norms."""
+        return TrainConfig(
+            **{**shared_settings(self), "norm": norm},
+            redrawn=self.redrawn,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CostConfig(Settings):
+    """Epochs with and without the mask, side by side."""
+
+    threshold: float = 0.2
+    """Agreement needed to pass the AND-mask."""
+    rounds: int = 9
+    """Timed epochs of each, one after the other in every round."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("threshold", self.threshold, 0 < self.threshold <= 1, "in (0, 1]")
+        require("rounds", self.rounds, self.rounds >= 1, "at least 1")
+
+    def train_config(self, norm: Norm, threshold: float) -> TrainConfig:
+        """One of the trainings."""
+        return TrainConfig(
+            **{**shared_settings(self), "norm": norm}, threshold=threshold
+        )
+
+
 def _require_distinct(field: str, values: tuple[object, ...]) -> None:
     distinct = len(set(values)) == len(values) > 0
     require(field, values, distinct, "one or more different values")
@@ -287,4 +356,18 @@ LABEL_NOISE_PRESETS: dict[Preset, LabelNoiseConfig] = {
     "smoke": LabelNoiseConfig(**SMOKE, learning_rates=(1e-3,), seeds=(0, 1)),
     "cpu": LabelNoiseConfig(**{**CPU, "drops": (30,)}),
     "paper": LabelNoiseConfig(),
+}
+BATCH_NORM_PRESETS: dict[Preset, BatchNormConfig] = {
+    "smoke": BatchNormConfig(
+        **{**SMOKE, "drops": ()}, looks=(0, 1), thresholds=(0.2, 0.6), rounds=1
+    ),
+    "cpu": BatchNormConfig(
+        **{**CPU, "drops": (), "epochs": 10}, looks=(0, 2, 10), learning_rate=2e-3
+    ),
+    "paper": BatchNormConfig(),
+}
+COST_PRESETS: dict[Preset, CostConfig] = {
+    "smoke": CostConfig(**SMOKE, rounds=2),
+    "cpu": CostConfig(**CPU),
+    "paper": CostConfig(),
 }

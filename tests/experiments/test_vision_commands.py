@@ -2,21 +2,31 @@
 
 import csv
 import json
+import math
 
+import jax.numpy as jnp
 import pytest
 from matplotlib.image import imread
 
 from experiments.common.cli import main
 from experiments.vision.__main__ import COMMANDS
+from experiments.vision.batch_norm import compare_masks
 from experiments.vision.config import (
+    BATCH_NORM_PRESETS,
+    COST_PRESETS,
     LABEL_NOISE_PRESETS,
     MEMORIZE_PRESETS,
+    BatchNormConfig,
+    CostConfig,
     LabelNoiseConfig,
     MemorizeConfig,
     Settings,
     TrainConfig,
 )
+from experiments.vision.cost import LABELS
+from experiments.vision.cost import summarize as summarize_cost
 from experiments.vision.training import METRICS
+from hardvary import GradStats
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -74,6 +84,62 @@ def test_label_noise_smoke_writes_runs_table_and_figure(noisy):
     assert all(0 <= float(row["mislabelled_given_accuracy"]) <= 1 for row in rows)
     assert {float(row["learning_rate"]) for row in rows} == {1e-3}
     assert imread(noisy / "figure9.png").std() > 0.01
+
+
+def test_batch_norm_smoke_writes_table_and_figure(tmp_path, capsys):
+    assert vision("batch-norm", "--preset", "smoke", "--out", tmp_path / "run") == 0
+    config = BATCH_NORM_PRESETS["smoke"]
+    rows = read_csv(tmp_path / "run" / "batch_norm.csv")
+    places = [(int(row["epoch"]), float(row["threshold"])) for row in rows]
+    assert places == [(e, t) for e in config.looks for t in config.thresholds]
+    for row in rows:
+        assert float(row["mean_difference"]) < 1e-4
+        assert 0 < float(row["overlap"]) < 1
+        assert -1 <= float(row["cosine"]) < 0.999
+    # A mask at a higher threshold is part of that at a lower one.
+    for kept in ("kept_path", "kept_coupled", "kept_group"):
+        assert float(rows[0][kept]) >= float(rows[1][kept])
+    assert imread(tmp_path / "run" / "batch_norm.png").std() > 0.01
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    ways = ["plain", "path", "coupled", "group"]
+    assert sorted(summary["median_seconds"]) == sorted(ways)
+    again = ("batch-norm", "--from", tmp_path / "run", "--out", tmp_path)
+    assert vision(*again) == 0
+    first, second = (path / "batch_norm.png" for path in (tmp_path / "run", tmp_path))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_compare_masks_counts_what_passes():
+    def stats(votes):
+        mean = {"w": jnp.array([3.0, 4.0, 1.0, 2.0])}
+        return GradStats(mean, {"w": jnp.array(votes)}, num_envs=jnp.float32(10))
+
+    path, coupled = stats([10.0, -6.0, 0.0, 2.0]), stats([8.0, 0.0, 2.0, 6.0])
+    result = compare_masks(path, coupled, 0.5)
+    # path keeps components 0 and 1, coupled 0 and 3.
+    assert (result["kept_path"], result["kept_coupled"]) == (0.5, 0.5)
+    assert result["overlap"] == pytest.approx(1 / 3)
+    assert result["cosine"] == pytest.approx(9 / (5 * math.sqrt(13)))
+    nothing = compare_masks(stats([0.0] * 4), stats([0.0] * 4), 0.5)
+    assert math.isnan(nothing["overlap"])
+    assert math.isnan(nothing["cosine"])
+
+
+def test_cost_smoke_times_every_round(tmp_path, capsys):
+    assert vision("cost", "--preset", "smoke", "--out", tmp_path) == 0
+    rows = read_csv(tmp_path / "cost.csv")
+    assert len(rows) == COST_PRESETS["smoke"].rounds
+    assert all(float(row[name]) > 0 for row in rows for name in LABELS)
+    printed = capsys.readouterr().out
+    assert all(label in printed for label in LABELS.values())
+
+
+def test_summarize_cost_compares_medians_with_and_without_evaluation():
+    row = dict.fromkeys(LABELS, 2.0) | {"masked": 3.0, "evaluation": 1.0}
+    outlier = dict.fromkeys(LABELS, 50.0)
+    summary = summarize_cost([row, outlier, row])
+    assert summary["epoch_over_plain"] == {"masked": 1.5, "group_masked": 1.0}
+    assert summary["steps_over_plain"] == {"masked": 2.0, "group_masked": 1.0}
 
 
 def test_finished_command_trains_nothing_again(memorized, capsys):
@@ -158,6 +224,13 @@ def test_train_configs_have_directories_of_their_own(presets, preset):
         (LabelNoiseConfig, {"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0"),
         (LabelNoiseConfig, {"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
         (LabelNoiseConfig, {"learning_rates": (1.0, 1.0)}, "learning_rates must be"),
+        (BatchNormConfig, {"looks": (0, 81)}, r"looks must be in ascending .* \(80\)"),
+        (BatchNormConfig, {"looks": (5, 0)}, "looks must be in ascending order"),
+        (BatchNormConfig, {"thresholds": (0.0,)}, r"thresholds must be in \(0, 1\]"),
+        (BatchNormConfig, {"rounds": 0}, "rounds must be at least 1, got 0"),
+        (BatchNormConfig, {"redrawn": 2.0}, r"redrawn must be in \[0, 1\], got 2"),
+        (CostConfig, {"threshold": 0.0}, r"threshold must be in \(0, 1\], got 0"),
+        (CostConfig, {"rounds": 0}, "rounds must be at least 1, got 0"),
     ],
 )
 def test_config_invalid_value_is_refused(make, changes, message):
