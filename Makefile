@@ -2,11 +2,12 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+GAME_READY := $(VENV)/.coinrun-ready
 TORCH_VENV := .venv-torch
 TORCH_READY := $(TORCH_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format docs figures bench clean
+.PHONY: help venv coinrun demo test lint format docs figures bench clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -22,6 +23,18 @@ $(READY): requirements.txt setup.cfg pyproject.toml
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --no-build-isolation --editable .
+	@touch $@
+
+coinrun: $(GAME_READY)  ## Install CoinRun into .venv (Linux, x86-64, Python 3.11).
+
+$(GAME_READY): requirements-coinrun.txt $(READY)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --only-binary procgen2 -r requirements-coinrun.txt || { \
+	  echo "CoinRun is not installed: see pip's message above. Its package procgen2 has no"; \
+	  echo "build for every platform; Linux on x86-64 with Python 3.11 is what was tried."; \
+	  echo "Everything but experiments.coinrun works without it."; \
+	  exit 1; }
+	@$(RUN) -c "from experiments.coinrun.game import require_game; require_game()"
 	@touch $@
 
 demo: $(READY)  ## Train with plain averaging and with the AND-mask; draw the figure.

@@ -1,0 +1,1 @@
+"""Behavioural cloning of an expert at CoinRun (paper, section 3.3)."""

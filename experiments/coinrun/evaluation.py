@@ -1,0 +1,101 @@
+"""How policies do on levels that each of them plays once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.coinrun.config import GameMode
+from experiments.coinrun.expert import Expert, random_policy, scripted_policy
+from experiments.coinrun.game import (
+    EXPERT_EVALUATION_LEVELS,
+    Choose,
+    Episode,
+    play,
+)
+
+POLICIES = ("sampled", "greedy", "scripted", "random")
+
+
+def policies(expert: Expert, seed: int) -> dict[str, Choose]:
+    """The expert, by chance and by its most likely actions, and what it has to beat."""
+    return {
+        "sampled": expert.sample(seed),
+        "greedy": expert.greedy,
+        "scripted": scripted_policy(seed),
+        "random": random_policy(seed),
+    }
+
+
+def evaluate(
+    chosen: Mapping[str, Choose], levels: int, mode: GameMode, *, quiet: bool = False
+) -> dict[str, list[Episode]]:
+    """Episodes of each policy on the first so many evaluation levels, in their order.
+
+    Args:
+      chosen: policies by name.
+      levels: how many.
+      mode: easy or hard.
+      quiet: without a progress bar.
+    """
+    seeds = EXPERT_EVALUATION_LEVELS[:levels]
+    episodes = {}
+    with tqdm(total=levels * len(chosen), unit="level", disable=quiet) as bar:
+        for name, choose in chosen.items():
+            bar.set_description(name)
+            played = {}
+            for episode in play(seeds, choose, mode):
+                played[episode.level] = episode
+                bar.update()
+            episodes[name] = [played[seed] for seed in seeds]
+    return episodes
+
+
+def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Means over levels, with standard errors."""
+    returns = np.array([episode.total_reward for episode in episodes])
+    solved = np.array([episode.solved for episode in episodes], float)
+
+    def error(values: np.ndarray) -> float:
+        return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+    return {
+        "levels": len(episodes),
+        "mean_return": float(returns.mean()),
+        "return_error": error(returns),
+        "solved": float(solved.mean()),
+        "solved_error": error(solved),
+        "mean_steps": float(np.mean([episode.steps for episode in episodes])),
+    }
+
+
+def rows_of(episodes: Mapping[str, Sequence[Episode]]) -> list[dict[str, Any]]:
+    """One row for each policy and level."""
+    return [
+        {
+            "policy": name,
+            "level": episode.level,
+            "return": episode.total_reward,
+            "solved": int(episode.solved),
+            "steps": episode.steps,
+        }
+        for name, played in episodes.items()
+        for episode in played
+    ]
+
+
+def format_summary(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results of `summarize` by policy, as text."""
+    lines = ["policy   levels        solved          return   steps"]
+    lines += [
+        f"{name:<8} {row['levels']:>6}"
+        f" {row['solved']:>7.1%} +-{row['solved_error']:5.1%}"
+        f" {row['mean_return']:>7.2f} +-{row['return_error']:5.2f}"
+        f" {row['mean_steps']:>7.1f}"
+        for name, row in results.items()
+    ]
+    return "\n".join(lines)
