@@ -274,10 +274,12 @@ def draw(rows: Sequence[Row]) -> Figure:
         handles = [
             Line2D([], [], color=color, label=label) for label, color in lines.values()
         ]
-        axes.legend(handles=handles)
+        axes.legend(handles=handles, loc="upper right")
         axes.set_xlabel("Threshold of the AND-mask")
         percent_axis(axes)
-    kept_axes.set(title="Components that pass", ylim=(0, 1.02))
+    # Room for the legends above the lines.
+    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    kept_axes.set(title="Components that pass", ylim=(0, 1.3), yticks=ticks)
     alike_axes.set_title("How alike path and coupled are")
     figure.legend(
         handles=[
