@@ -17,13 +17,37 @@ class TemporalAndMaskState(NamedTuple):
 
     Attributes:
       sign_ema: moving average of the gradients' signs, in [-1, 1]; tree and shapes
-        like params, at least float32. The share of open components is
-        `mean(|sign_ema| >= threshold)`.
+        like params, at least float32.
       inner_state: state of the wrapped transformation.
     """
 
     sign_ema: PyTree
     inner_state: optax.OptState
+
+    def kept_fraction(self, threshold: Any) -> jax.Array:
+        """Share of all components that passed the mask in the latest step.
+
+        Args:
+          threshold: the mask's, in [0, 1].
+
+        Returns:
+          float32 scalar; 0 for a tree without leaves.
+
+        Example:
+          >>> import jax.numpy as jnp, optax, hardvary
+          >>> tx = hardvary.temporal_and_mask_adam(0.1, b3=0.5, threshold=0.4)
+          >>> state = tx.init(jnp.ones(2))
+          >>> _, state = tx.update(jnp.array([3.0, 0.0]), state, jnp.ones(2))
+          >>> mask_state = optax.tree.get(state, "TemporalAndMaskState")
+          >>> float(mask_state.kept_fraction(0.4))
+          0.5
+        """
+        leaves = jax.tree.leaves(self.sign_ema)
+        kept = [
+            jnp.sum(_is_open(leaf, threshold), dtype=jnp.float32) for leaf in leaves
+        ]
+        size = sum(leaf.size for leaf in leaves)
+        return sum(kept, jnp.zeros((), jnp.float32)) / max(size, 1)
 
 
 def temporal_and_mask(
@@ -122,9 +146,7 @@ def temporal_and_mask(
             return rate * ema + (1 - rate) * sign_or_nan(grad.astype(ema.dtype))
 
         def gate(ema: jax.Array, update: jax.Array) -> jax.Array:
-            slack = 4 * float(jnp.finfo(ema.dtype).eps)
-            is_open = jnp.abs(ema) >= jnp.asarray(threshold).astype(ema.dtype) - slack
-            masked = jnp.where(is_open, update, 0)
+            masked = jnp.where(_is_open(ema, threshold), update, 0)
             return jnp.where(jnp.isnan(ema), jnp.nan, masked).astype(update.dtype)
 
         sign_ema = jax.tree.map(average, state.sign_ema, updates)
@@ -137,6 +159,11 @@ def temporal_and_mask(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_open(ema: jax.Array, threshold: Any) -> jax.Array:
+    slack = 4 * float(jnp.finfo(ema.dtype).eps)
+    return jnp.abs(ema) >= jnp.asarray(threshold).astype(ema.dtype) - slack
 
 
 def temporal_and_mask_adam(

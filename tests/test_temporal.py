@@ -284,6 +284,27 @@ def test_temporal_and_mask_bfloat16_average_does_not_stall():
     assert updates.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kept_fraction_counts_what_passed(dtype):
+    rng = np.random.default_rng(0)
+    tx = hardvary.temporal_and_mask(optax.sgd(1.0), threshold=0.75, decay=0.5)
+    params = {"a": jnp.ones(50, dtype), "b": [jnp.ones((30, 5), dtype)]}
+    state = tx.init(params)
+    assert float(state.kept_fraction(0.75)) == 0
+    # 0.75 is what two agreeing steps come to: exactly on the threshold.
+    for _ in range(2):
+        grads = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params
+        )
+        updates, state = tx.update(grads, state)
+    passed = sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(updates))
+    assert 0 < passed < 200
+    kept = jax.jit(lambda state, threshold: state.kept_fraction(threshold))(state, 0.75)
+    assert kept.dtype == jnp.float32
+    np.testing.assert_allclose(kept, passed / 200)
+    assert float(tx.init({}).kept_fraction(0.5)) == 0
+
+
 def test_temporal_and_mask_state_is_like_params():
     params = make_params("nested")
     tx = hardvary.temporal_and_mask(optax.adam(0.1), threshold=0.4, decay=0.9)

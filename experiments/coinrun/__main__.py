@@ -1,4 +1,4 @@
-"""`python -m experiments.coinrun`: learn from an expert at a game."""
+"""`python -m experiments.coinrun`: an expert at a game, and its imitators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from experiments.coinrun.config import (
     EvaluateConfig,
     ExpertConfig,
 )
-from experiments.coinrun.options import EvaluateOptions
+from experiments.coinrun.options import (
+    ExpertFileOptions,
+    PlayOptions,
+    SearchOptions,
+    TrainOptions,
+)
+from experiments.coinrun.student_config import (
+    DATASET_PRESETS,
+    PLAY_PRESETS,
+    SEARCH_PRESETS,
+    TRAIN_PRESETS,
+    DatasetConfig,
+    PlayConfig,
+    SearchConfig,
+    TrainConfig,
+)
 from experiments.common.cli import Command, Group, Invocation, RunOptions, main
 
 # The commands are imported when they run: --help need not wait for JAX.
@@ -24,16 +39,48 @@ def expert(call: Invocation[ExpertConfig, RunOptions]) -> None:
     commands.expert(call)
 
 
-def evaluate(call: Invocation[EvaluateConfig, EvaluateOptions]) -> None:
+def evaluate(call: Invocation[EvaluateConfig, ExpertFileOptions]) -> None:
     """Compare a saved expert with simpler policies on unseen levels."""
     from experiments.coinrun import commands
 
     commands.evaluate_expert(call)
 
 
+def dataset(call: Invocation[DatasetConfig, ExpertFileOptions]) -> None:
+    """Collect states and the expert's action probabilities from its own episodes."""
+    from experiments.coinrun import student_commands
+
+    student_commands.dataset(call)
+
+
+def train(call: Invocation[TrainConfig, TrainOptions]) -> None:
+    """Train one student to imitate the expert."""
+    from experiments.coinrun import student_commands
+
+    student_commands.train(call)
+
+
+def play(call: Invocation[PlayConfig, PlayOptions]) -> None:
+    """Let a trained student and the expert play the same unseen levels."""
+    from experiments.coinrun import student_commands
+
+    student_commands.play(call)
+
+
+def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
+    """Search the settings of both optimizers; table 3, figure 18 and the ten best."""
+    from experiments.coinrun import student_commands
+
+    student_commands.search(call)
+
+
 COMMANDS: dict[str, Command[Any, Any] | Group] = {
     "expert": Command(EXPERT_PRESETS, RunOptions, expert),
-    "evaluate": Command(EVALUATE_PRESETS, EvaluateOptions, evaluate),
+    "evaluate": Command(EVALUATE_PRESETS, ExpertFileOptions, evaluate),
+    "dataset": Command(DATASET_PRESETS, ExpertFileOptions, dataset),
+    "train": Command(TRAIN_PRESETS, TrainOptions, train),
+    "play": Command(PLAY_PRESETS, PlayOptions, play),
+    "search": Command(SEARCH_PRESETS, SearchOptions, search),
 }
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from experiments.coinrun.evaluation import (
 )
 from experiments.coinrun.expert import Expert, file_sha256, load_expert, save_expert
 from experiments.coinrun.figures import draw_learning_curve
-from experiments.coinrun.game import require_game
-from experiments.coinrun.options import EvaluateOptions
+from experiments.coinrun.game import EVALUATION_LEVELS, require_game
+from experiments.coinrun.options import ExpertFileOptions
 from experiments.coinrun.training import SPEED, train
 from experiments.common.cli import Invocation, RunOptions, announce
 from experiments.common.figures import read_table
-from experiments.common.run_dir import METRICS, RunDir, RunDirError
+from experiments.common.run_dir import METRICS, RunDir
 
 EXPERIMENT = "coinrun"
 EXPERT = "expert.npz"
@@ -58,15 +58,13 @@ def expert(call: Invocation[ExpertConfig, RunOptions]) -> None:
         print(f"Expert: {run.path / EXPERT}\nFigure: {run.path / CURVE}")
 
 
-def evaluate_expert(call: Invocation[EvaluateConfig, EvaluateOptions]) -> None:
+def evaluate_expert(call: Invocation[EvaluateConfig, ExpertFileOptions]) -> None:
     """Plays unseen levels with a saved expert and with what it has to beat."""
     config, options = call.config, call.options
     require_game()
-    if options.expert is None:
-        raise RunDirError("evaluate needs --expert FILE, an expert.npz")
-    saved = load_expert(options.expert)
+    saved = load_expert(options.expert_file)
     mode = saved.about["mode"]
-    sha256 = file_sha256(options.expert)
+    sha256 = file_sha256(options.expert_file)
     identity = {**dataclasses.asdict(config), "expert_sha256": sha256}
     path = call.run_path(EXPERIMENT, f"evaluate-{options.preset}-{sha256[:8]}")
     with RunDir(
@@ -89,7 +87,8 @@ def _evaluate(
     run: RunDir, expert: Expert, levels: int, mode: GameMode, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Results by policy; episodes.csv has every level."""
-    episodes = evaluate(policies(expert, seed), levels, mode)
+    played = EVALUATION_LEVELS[:levels]
+    episodes = evaluate(policies(expert.probabilities, seed), played, mode)
     run.write_metrics(rows_of(episodes), EPISODES)
     return {name: summarize(played) for name, played in episodes.items()}
 

@@ -70,7 +70,7 @@ class ExpertConfig(PpoConfig):
     """Channels of the first convolution; the others have twice as many."""
     hidden: int = 256
     """Units of the dense layer."""
-    frames: int = 25_165_824
+    frames: int = 16_777_216
     """Frames to train on, of all environments together: whole blocks."""
     environments: int = 128
     """Games at a time."""
@@ -101,7 +101,7 @@ class ExpertConfig(PpoConfig):
         ):
             value = getattr(self, field)
             require(field, value, value >= 1, "at least 1")
-        _require_evaluation_levels("evaluation_levels", self.evaluation_levels)
+        require_evaluation_levels("evaluation_levels", self.evaluation_levels)
         require_seed("seed", self.seed)
         parts = self.workers
         require(
@@ -155,11 +155,12 @@ class EvaluateConfig:
     """Seed of what policies draw."""
 
     def __post_init__(self) -> None:
-        _require_evaluation_levels("levels", self.levels)
+        require_evaluation_levels("levels", self.levels)
         require_seed("seed", self.seed)
 
 
-def _require_evaluation_levels(field: str, levels: int) -> None:
+def require_evaluation_levels(field: str, levels: int) -> None:
+    """Raises ValueError unless so many levels are set aside for evaluation."""
     good = 2 <= levels <= MOST_EVALUATED
     require(field, levels, good, f"between 2 and {MOST_EVALUATED}")
 

@@ -9,49 +9,53 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.coinrun.config import GameMode
-from experiments.coinrun.expert import Expert, random_policy, scripted_policy
-from experiments.coinrun.game import (
-    EXPERT_EVALUATION_LEVELS,
-    Choose,
-    Episode,
-    play,
+from experiments.coinrun.actors import (
+    Probabilities,
+    greedy,
+    random_policy,
+    sampled,
+    scripted_policy,
 )
+from experiments.coinrun.config import GameMode
+from experiments.coinrun.game import Choose, Episode, play
 
 POLICIES = ("sampled", "greedy", "scripted", "random")
 
 
-def policies(expert: Expert, seed: int) -> dict[str, Choose]:
+def policies(expert: Probabilities, seed: int) -> dict[str, Choose]:
     """The expert, by chance and by its most likely actions, and what it has to beat."""
     return {
-        "sampled": expert.sample(seed),
-        "greedy": expert.greedy,
+        "sampled": sampled(expert, seed),
+        "greedy": greedy(expert),
         "scripted": scripted_policy(seed),
         "random": random_policy(seed),
     }
 
 
 def evaluate(
-    chosen: Mapping[str, Choose], levels: int, mode: GameMode, *, quiet: bool = False
+    chosen: Mapping[str, Choose],
+    levels: Sequence[int],
+    mode: GameMode,
+    *,
+    quiet: bool = False,
 ) -> dict[str, list[Episode]]:
-    """Episodes of each policy on the first so many evaluation levels, in their order.
+    """Episodes of each policy, one on each level, in the order of `levels`.
 
     Args:
       chosen: policies by name.
-      levels: how many.
+      levels: seeds of different levels.
       mode: easy or hard.
       quiet: without a progress bar.
     """
-    seeds = EXPERT_EVALUATION_LEVELS[:levels]
     episodes = {}
-    with tqdm(total=levels * len(chosen), unit="level", disable=quiet) as bar:
+    with tqdm(total=len(levels) * len(chosen), unit="level", disable=quiet) as bar:
         for name, choose in chosen.items():
             bar.set_description(name)
             played = {}
-            for episode in play(seeds, choose, mode):
+            for episode in play(levels, choose, mode):
                 played[episode.level] = episode
                 bar.update()
-            episodes[name] = [played[seed] for seed in seeds]
+            episodes[name] = [played[level] for level in levels]
     return episodes
 
 

@@ -1,4 +1,4 @@
-"""A trained expert: its file, and the policies that it is compared with."""
+"""A trained expert and its file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.coinrun.actors import in_batches
 from experiments.coinrun.config import MICROBATCH
-from experiments.coinrun.game import ACTIONS, FRAME, RIGHT, RIGHT_UP, Choose, Turn
+from experiments.coinrun.game import FRAME
 from experiments.coinrun.policy import (
     Architecture,
     Output,
@@ -28,9 +29,6 @@ from experiments.common.files import atomic_write
 from experiments.common.run_dir import RunDirError
 
 FORMAT = "hardvary coinrun expert 1"
-# Of 0.2, 0.5, 0.7, 0.9, 0.95 and 1 this share of jumps solved most of 500 easy levels:
-# 71 %, against 61 to 68 %.
-JUMPING = 0.7
 
 
 class ExpertError(RunDirError, ValueError):
@@ -67,61 +65,8 @@ class Expert:
                 f"frames must be uint8 [n, {', '.join(map(str, FRAME))}], got "
                 f"{frames.dtype} {list(frames.shape)}"
             )
-        forward = _forward(self.architecture)
-        parts = [
-            # Always as many at a time, because rounding depends on that.
-            np.asarray(forward(self.params, _pad(frames[start : start + MICROBATCH])))
-            for start in range(0, len(frames), MICROBATCH)
-        ]
-        empty = np.zeros((0, len(ACTIONS)), np.float32)
-        return np.concatenate([empty, *parts])[: len(frames)]
-
-    def sample(self, seed: int) -> Choose:
-        """The policy as `game.play` takes it; draws from (seed, level, step)."""
-
-        def choose(turn: Turn) -> np.ndarray:
-            return _draw(seed, turn, self.probabilities(turn.frames))
-
-        return choose
-
-    def greedy(self, turn: Turn) -> np.ndarray:
-        """The most likely actions, as `game.play` takes them."""
-        return self.probabilities(turn.frames).argmax(-1)
-
-
-def random_policy(seed: int) -> Choose:
-    """Each action as likely as the others."""
-    return functools.partial(_draw_constant, seed, np.full(len(ACTIONS), 1 / 15))
-
-
-def scripted_policy(seed: int) -> Choose:
-    """Always to the right, mostly with a jump."""
-    shares = np.zeros(len(ACTIONS))
-    shares[RIGHT_UP] = JUMPING
-    shares[RIGHT] = 1 - JUMPING
-    return functools.partial(_draw_constant, seed, shares)
-
-
-def _draw_constant(seed: int, shares: np.ndarray, turn: Turn) -> np.ndarray:
-    shape = (len(turn.levels), len(ACTIONS))
-    return _draw(seed, turn, np.broadcast_to(shares.astype(np.float32), shape))
-
-
-def _draw(seed: int, turn: Turn, probabilities: np.ndarray) -> np.ndarray:
-    key = jax.random.key(seed)
-    levels, steps = turn.levels.astype(np.uint32), turn.steps.astype(np.uint32)
-    return np.asarray(_draw_by_level(key, levels, steps, probabilities))
-
-
-@jax.jit
-def _draw_by_level(
-    key: jax.Array, levels: jax.Array, steps: jax.Array, probabilities: jax.Array
-) -> jax.Array:
-    def draw(level: jax.Array, step: jax.Array, shares: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, level), step)
-        return jax.random.categorical(own, jnp.log(shares))
-
-    return jax.vmap(draw)(levels, steps, probabilities)
+        forward = functools.partial(_forward(self.architecture), self.params)
+        return in_batches(forward, MICROBATCH)(frames)
 
 
 @functools.lru_cache(maxsize=4)
@@ -134,11 +79,6 @@ def _forward(architecture: Architecture) -> Any:
         return jax.nn.softmax(output.logits)
 
     return forward
-
-
-def _pad(frames: np.ndarray) -> np.ndarray:
-    missing = MICROBATCH - len(frames)
-    return np.pad(frames, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else frames
 
 
 def save_expert(path: Path, expert: Expert) -> None:

@@ -49,7 +49,7 @@ RIGHT_UP = ACTIONS.index("right+up")
 
 STUDENT_TRAIN_LEVELS = range(64)
 STUDENT_TEST_LEVELS = range(10_000, 12_000)
-EXPERT_EVALUATION_LEVELS = range(100_000, 110_000)
+EVALUATION_LEVELS = range(100_000, 110_000)
 EXPERT_TRAIN_LEVELS = range(1_000_000, 2**31 - 1)
 
 MAX_SLOTS = 64
@@ -244,7 +244,7 @@ def play(
       slots: the most levels at a time.
 
     Yields:
-      Each episode when it ends; use `play_all` for the order of `levels`.
+      Each episode when it ends.
     """
     slots = min(slots, len(levels))
     if slots < 1:
@@ -277,13 +277,3 @@ def play(
                 stream.place(slot, fresh_game(int(after), mode))
             if ended:
                 frames = stream.observe().frames
-
-
-def play_all(
-    levels: Sequence[int], choose: Choose, mode: GameMode, slots: int = MAX_SLOTS
-) -> list[Episode]:
-    """The episodes of `play`, in the order of `levels`, which must differ."""
-    if len(set(levels)) != len(levels):
-        raise ValueError("levels must be different ones")
-    played = {episode.level: episode for episode in play(levels, choose, mode, slots)}
-    return [played[level] for level in levels]

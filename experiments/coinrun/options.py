@@ -5,12 +5,51 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from experiments.common.cli import RunOptions
+from experiments.common.cli import FigureOptions, RunOptions
+
+# Trained by the command expert with its default settings.
+EXPERT = Path(__file__).parents[2] / "docs" / "results" / "coinrun" / "expert.npz"
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions(RunOptions):
+class ExpertFileOptions(RunOptions):
     """Which expert, and where to write."""
 
     expert: Path | None = None
-    """The expert's file, expert.npz of a run."""
+    """The expert's file, expert.npz of a run of the command expert; without it the one
+    for easy levels that the repository has."""
+
+    @property
+    def expert_file(self) -> Path:
+        """The file to use."""
+        return self.expert or EXPERT
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """Where the data are and where to write."""
+
+    data: Path | None = None
+    """Directory of the dataset; without it the one that the command dataset makes with
+    this preset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions(FigureOptions):
+    """Where the data are, where to write, and with how many processes."""
+
+    data: Path | None = None
+    """Directory of the dataset; without it the one that the command dataset makes with
+    this preset."""
+    storage: str | None = None
+    """Database URL or journal file that several commands share, each with an --out of
+    its own; without it a journal in the run directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlayOptions(ExpertFileOptions):
+    """Who plays, and where to write."""
+
+    student: Path | None = None
+    """Directory of a finished training run; without it the one that the command train
+    makes with this preset."""

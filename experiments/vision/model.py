@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.common.maximum import larger
 from experiments.vision.config import NUM_CLASSES, POOLING, Norm
 
 Params = Any
@@ -191,7 +192,7 @@ class FastResNet(nnx.Module):
         first, second = self.residual3
         x = x + second(first(x, training), training)
         places = jnp.unstack(x.reshape(len(x), -1, x.shape[-1]), axis=1)
-        return LOGIT_SCALE * self.head(functools.reduce(_larger, places))
+        return LOGIT_SCALE * self.head(functools.reduce(larger, places))
 
 
 def require_poolable(size: tuple[int, ...]) -> None:
@@ -211,18 +212,8 @@ def _halve(x: jax.Array) -> jax.Array:
     """2x2 maxima of [batch, height, width, channel]; an odd last row is left out."""
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     # A tenth of the time of max_pool on CPU.
-    rows = _larger(x[:, 0:height:2], x[:, 1:height:2])
-    return _larger(rows[:, :, 0:width:2], rows[:, :, 1:width:2])
-
-
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The maximum, whose whole gradient goes to one of the two.
-
-    The gradients of jnp.maximum and of a maximum over axes look for what equals the
-    maximum, and miss it where XLA computes an operand twice and rounds it differently
-    (seen on CPU, jaxlib 0.10.2 and 0.11.2: wrong gradients, and NaN).
-    """
-    return jnp.where(a >= b, a, b)
+    rows = larger(x[:, 0:height:2], x[:, 1:height:2])
+    return larger(rows[:, :, 0:width:2], rows[:, :, 1:width:2])
 
 
 def init_variables(key: jax.Array, architecture: Architecture) -> Variables:

@@ -11,7 +11,7 @@ from experiments.coinrun import game
 from experiments.coinrun.config import MOST_EVALUATED
 from experiments.coinrun.game import (
     ACTIONS,
-    EXPERT_EVALUATION_LEVELS,
+    EVALUATION_LEVELS,
     EXPERT_TRAIN_LEVELS,
     MAX_STEPS,
     REWARD,
@@ -23,7 +23,6 @@ from experiments.coinrun.game import (
     LevelStream,
     fresh_game,
     play,
-    play_all,
 )
 from tests.experiments._game import needs_game
 from tests.experiments.conftest import ROOT
@@ -33,7 +32,7 @@ def test_reserved_levels_are_disjoint_and_as_many_as_needed():
     ranges = [
         STUDENT_TRAIN_LEVELS,
         STUDENT_TEST_LEVELS,
-        EXPERT_EVALUATION_LEVELS,
+        EVALUATION_LEVELS,
         EXPERT_TRAIN_LEVELS,
     ]
     assert [len(each) for each in ranges[:3]] == [64, 2000, MOST_EVALUATED]
@@ -217,9 +216,7 @@ def test_play_each_level_once_whatever_the_slots(slots):
     ]
     expected = [(e.level, step) for e in episodes for step in range(e.steps)]
     assert sorted(shown) == sorted(expected)
-    in_order = play_all(levels, jump, "easy", 3)
-    assert [episode.level for episode in in_order] == levels
-    assert sorted(in_order) == sorted(episodes)
+    assert sorted(play(levels, jump, "easy", 3)) == sorted(episodes)
 
 
 @needs_game
@@ -249,8 +246,3 @@ def test_play_without_success_ends_after_the_most_steps():
 @needs_game
 def test_play_no_levels_is_nothing():
     assert list(play([], jump, "easy")) == []
-
-
-def test_play_all_repeated_level_is_refused():
-    with pytest.raises(ValueError, match="levels must be different"):
-        play_all([1, 1], jump, "easy")

@@ -1,0 +1,237 @@
+"""Settings of the student's part of the CoinRun experiment; defaults are the paper's.
+
+The paper (section 3.3 and appendix) leaves open: the batch size, Adam's second moment,
+the stem of the network and what is done about batch norm's running statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+from experiments.coinrun.config import (
+    MOST_EVALUATED,
+    GameMode,
+    require_evaluation_levels,
+)
+from experiments.common.choices import Preset, Sampler
+from experiments.common.validation import require, require_choice, require_seed
+
+Source = Literal["coinrun", "generated"]
+Method = Literal["adam", "and_mask"]
+Decay = Literal["off", "decoupled", "coupled"]
+Actions = Literal["sampled", "greedy"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+NUM_ACTIONS = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """States from the expert's own trajectories."""
+
+    source: Source = "coinrun"
+    """coinrun, or generated: tiny images for tests, without the game."""
+    mode: GameMode = "easy"
+    """Distribution of the levels."""
+    levels: int = 64
+    """Training levels."""
+    states_per_level: int = 1000
+    """States of each training level."""
+    episodes_per_level: int = 8
+    """Episodes of a training level that its states are drawn from; more where they have
+    fewer states than are wanted."""
+    test_levels: int = 2000
+    """Test states, each of a level of its own."""
+    seed: int = 0
+    """Seed of the expert's actions and of the choice of states."""
+
+    def __post_init__(self) -> None:
+        require_choice("source", self.source, get_args(Source))
+        require_choice("mode", self.mode, get_args(GameMode))
+        for field in ("levels", "states_per_level", "episodes_per_level"):
+            value = getattr(self, field)
+            require(field, value, value >= 1, "at least 1")
+        require("test_levels", self.test_levels, self.test_levels >= 1, "at least 1")
+        require_seed("seed", self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Network and training; all that runs of both methods have in common."""
+
+    dataset: Source = "coinrun"
+    """coinrun: a directory that the command dataset has made; generated: tiny images
+    for tests."""
+    width: int = 64
+    """Channels of ResNet-18's first stage; the last has eight times as many."""
+    blocks: int = 2
+    """Blocks in each of four stages; 2 makes it ResNet-18."""
+    norm_momentum: float = 0.9
+    """Share of batch norm's running statistics that a batch leaves as they were."""
+    epochs: int = 30
+    """Passes over the levels; the learning rate falls to a tenth after 1/2 and again
+    after 3/4 of them."""
+    batch_size: int | None = None
+    """States in a step, all of one level; None for all that the level has."""
+    evaluated_states: int | None = None
+    """States of each level that training metrics are taken on; None for all."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
+
+    def __post_init__(self) -> None:
+        require_choice("dataset", self.dataset, get_args(Source))
+        for field in ("width", "blocks", "epochs"):
+            value = getattr(self, field)
+            require(field, value, value >= 1, "at least 1")
+        for field in ("batch_size", "evaluated_states"):
+            value = getattr(self, field)
+            require(field, value, value is None or value >= 1, "at least 1, or None")
+        for field in ("norm_momentum", "b2"):
+            _require_decay(field, getattr(self, field))
+        _require_finite("eps", self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Settings):
+    """One run."""
+
+    method: Method = "and_mask"
+    """adam, or and_mask: the temporal AND-mask Adam (Algorithm 1)."""
+    learning_rate: float = 0.0078
+    """Initial learning rate."""
+    b1: float = 0.21
+    """Decay of the first moment."""
+    b3: float = 0.79
+    """Decay of the average of signs; only for and_mask."""
+    threshold: float = 0.36
+    """Agreement over time that opens a weight; only for and_mask."""
+    weight_decay: float = 0.057
+    """Strength of the weight decay."""
+    decay: Decay = "decoupled"
+    """decoupled: an update of its own, which no mask stops (AdamW). coupled: added to
+    the gradient, before moments and signs. off: none."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of levels and states."""
+    checkpoint_every: int = 5
+    """Epochs between checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("method", self.method, METHODS)
+        require_choice("decay", self.decay, get_args(Decay))
+        rate = self.learning_rate
+        require("learning_rate", rate, 0 < rate < math.inf, "positive and finite")
+        for field in ("b1", "b3"):
+            _require_decay(field, getattr(self, field))
+        require("threshold", self.threshold, 0 <= self.threshold <= 1, "in [0, 1]")
+        _require_finite("weight_decay", self.weight_decay)
+        require_seed("seed", self.seed)
+        every = self.checkpoint_every
+        require("checkpoint_every", every, every >= 1, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig(Settings):
+    """What all trials share; the rest is drawn (see `student_search.RANGES`)."""
+
+    methods: tuple[Method, ...] = METHODS
+    """Methods to search for, one after the other."""
+    trials: int = 1024
+    """Finished trials of each method; those that diverged count."""
+    sampler: Sampler = "tpe"
+    """tpe, which looks at the test KL as the paper does, or random."""
+    top: int = 10
+    """Best trials of each method that the figures show."""
+    seed: int = 0
+    """Seed of the initial weights and the order of states, in all trials."""
+    search_seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for method in self.methods:
+            require_choice("methods", method, METHODS)
+        distinct = len(set(self.methods)) == len(self.methods) > 0
+        require("methods", self.methods, distinct, "one or more different methods")
+        require("trials", self.trials, self.trials >= 1, "at least 1")
+        require("top", self.top, self.top >= 1, "at least 1")
+        require_choice("sampler", self.sampler, get_args(Sampler))
+        require_seed("seed", self.seed)
+        require_seed("search_seed", self.search_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlayConfig:
+    """A trained student and its expert on the same levels, which neither has seen."""
+
+    levels: int = 1000
+    """Levels that each of them plays once."""
+    actions: Actions = "sampled"
+    """sampled from the policy's distribution, as for the dataset, or greedy."""
+    shown: int = 3
+    """Levels in the animation."""
+    max_frames: int = 150
+    """Steps of a level in the animation."""
+    seed: int = 0
+    """Seed of the actions."""
+
+    def __post_init__(self) -> None:
+        require_choice("actions", self.actions, get_args(Actions))
+        require_evaluation_levels("levels", self.levels)
+        for field in ("shown", "max_frames"):
+            value = getattr(self, field)
+            require(field, value, value >= 1, "at least 1")
+        rule = f"at most levels ({self.levels})"
+        require("shown", self.shown, self.shown <= self.levels, rule)
+        require_seed("seed", self.seed)
+
+
+def _require_decay(field: str, value: float) -> None:
+    require(field, value, 0 <= value < 1, "in [0, 1)")
+
+
+def _require_finite(field: str, value: float) -> None:
+    require(field, value, 0 <= value < math.inf, "non-negative and finite")
+
+
+def shared_settings(config: Settings) -> dict[str, Any]:
+    """The fields of `config` that training and search have in common."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)}
+
+
+SMOKE: dict[str, Any] = {
+    "dataset": "generated",
+    "width": 2,
+    "blocks": 1,
+    "epochs": 2,
+    "batch_size": 8,
+}
+# A tenth of the states and an eighth of the channels.
+CPU: dict[str, Any] = {"width": 8, "batch_size": 64, "evaluated_states": 16}
+
+DATASET_PRESETS: dict[Preset, DatasetConfig] = {
+    "smoke": DatasetConfig(
+        source="generated", levels=8, states_per_level=16, test_levels=64
+    ),
+    "cpu": DatasetConfig(states_per_level=100),
+    "paper": DatasetConfig(mode="hard"),
+}
+TRAIN_PRESETS: dict[Preset, TrainConfig] = {
+    "smoke": TrainConfig(**SMOKE, checkpoint_every=1),
+    "cpu": TrainConfig(**CPU),
+    "paper": TrainConfig(),
+}
+SEARCH_PRESETS: dict[Preset, SearchConfig] = {
+    "smoke": SearchConfig(**SMOKE, trials=3, top=2),
+    "cpu": SearchConfig(**CPU, trials=25),
+    "paper": SearchConfig(),
+}
+PLAY_PRESETS: dict[Preset, PlayConfig] = {
+    "smoke": PlayConfig(levels=4, shown=2, max_frames=20),
+    "cpu": PlayConfig(),
+    "paper": PlayConfig(levels=MOST_EVALUATED),
+}
