@@ -12,18 +12,21 @@ from experiments.coinrun.config import (
     ExpertConfig,
 )
 from experiments.coinrun.options import (
+    DataOptions,
     ExpertFileOptions,
     PlayOptions,
+    RerunOptions,
     SearchOptions,
-    TrainOptions,
 )
 from experiments.coinrun.student_config import (
     DATASET_PRESETS,
     PLAY_PRESETS,
+    RERUN_PRESETS,
     SEARCH_PRESETS,
     TRAIN_PRESETS,
     DatasetConfig,
     PlayConfig,
+    RerunConfig,
     SearchConfig,
     TrainConfig,
 )
@@ -53,7 +56,7 @@ def dataset(call: Invocation[DatasetConfig, ExpertFileOptions]) -> None:
     student_commands.dataset(call)
 
 
-def train(call: Invocation[TrainConfig, TrainOptions]) -> None:
+def train(call: Invocation[TrainConfig, DataOptions]) -> None:
     """Train one student to imitate the expert."""
     from experiments.coinrun import student_commands
 
@@ -74,13 +77,21 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
     student_commands.search(call)
 
 
+def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
+    """Train the best settings of a search again, with seeds that it has not seen."""
+    from experiments.coinrun import student_rerun
+
+    student_rerun.rerun(call)
+
+
 COMMANDS: dict[str, Command[Any, Any] | Group] = {
     "expert": Command(EXPERT_PRESETS, RunOptions, expert),
     "evaluate": Command(EVALUATE_PRESETS, ExpertFileOptions, evaluate),
     "dataset": Command(DATASET_PRESETS, ExpertFileOptions, dataset),
-    "train": Command(TRAIN_PRESETS, TrainOptions, train),
+    "train": Command(TRAIN_PRESETS, DataOptions, train),
     "play": Command(PLAY_PRESETS, PlayOptions, play),
     "search": Command(SEARCH_PRESETS, SearchOptions, search),
+    "rerun": Command(RERUN_PRESETS, RerunOptions, rerun),
 }
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from experiments.common.cli import FigureOptions, RunOptions
 
+RUNS = Path("runs") / "coinrun"
+SELECTED = "selected.json"
 # Trained by the command expert with its default settings.
 EXPERT = Path(__file__).parents[2] / "docs" / "results" / "coinrun" / "expert.npz"
 
@@ -26,24 +28,40 @@ class ExpertFileOptions(RunOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions(RunOptions):
+class DataOptions(RunOptions):
     """Where the data are and where to write."""
 
     data: Path | None = None
     """Directory of the dataset; without it the one that the command dataset makes with
     this preset."""
 
+    @property
+    def data_dir(self) -> Path:
+        """The directory to use."""
+        return self.data or RUNS / f"dataset-{self.preset}"
+
 
 @dataclasses.dataclass(frozen=True)
-class SearchOptions(FigureOptions):
+class SearchOptions(DataOptions, FigureOptions):
     """Where the data are, where to write, and with how many processes."""
 
-    data: Path | None = None
-    """Directory of the dataset; without it the one that the command dataset makes with
-    this preset."""
     storage: str | None = None
     """Database URL or journal file that several commands share, each with an --out of
     its own; without it a journal in the run directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RerunOptions(DataOptions, FigureOptions):
+    """What to train, where the data are, where to write, with how many processes."""
+
+    selected: Path | None = None
+    """File with the settings of each method, selected.json of a run of the command
+    search; without it that of the search with this preset."""
+
+    @property
+    def selected_file(self) -> Path:
+        """The file to use."""
+        return self.selected or RUNS / f"search-{self.preset}-seed0" / SELECTED
 
 
 @dataclasses.dataclass(frozen=True)

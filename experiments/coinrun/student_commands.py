@@ -36,10 +36,11 @@ from experiments.coinrun.evaluation import (
 )
 from experiments.coinrun.expert import Expert, file_sha256, load_expert
 from experiments.coinrun.options import (
+    SELECTED,
+    DataOptions,
     ExpertFileOptions,
     PlayOptions,
     SearchOptions,
-    TrainOptions,
 )
 from experiments.coinrun.resnet import make_apply
 from experiments.coinrun.student import (
@@ -65,6 +66,7 @@ from experiments.common.cli import Invocation, announce
 from experiments.common.figures import Drawings, finish_figures, redraw
 from experiments.common.files import atomic_write, write_json
 from experiments.common.run_dir import CHECKPOINT, RunDir, RunDirError
+from experiments.common.run_dir import METRICS as METRICS_FILE
 
 EXPERIMENT = "coinrun"
 TRAIN = f"{EXPERIMENT} train"
@@ -72,7 +74,6 @@ SHEET = "levels.png"
 EPISODES = "episodes.csv"
 ANIMATION = "play.gif"
 TRIALS_TABLE = "trials.csv"
-SELECTED = "selected.json"
 DRAWINGS: Drawings = {"best": draw_best, "figure18": draw_curves}
 
 # Columns of best.csv, which is table 3 with what else there is to say.
@@ -204,29 +205,43 @@ def _entropy(probabilities: np.ndarray) -> float:
     return float(-(probabilities * np.log(safe)).sum(-1).mean())
 
 
-def train(call: Invocation[TrainConfig, TrainOptions]) -> None:
+def train(call: Invocation[TrainConfig, DataOptions]) -> None:
     """Trains one student."""
     config, options = call.config, call.options
-    collected, digest = data.load(config.dataset, _data_dir(options))
+    collected, digest = data.load(config.dataset, options.data_dir)
     name = f"train-{config.method}-{options.preset}-seed{config.seed}"
-    with RunDir(
-        call.run_path(EXPERIMENT, name, ("method", "seed")),
-        TRAIN,
-        {**dataclasses.asdict(config), "data_sha256": digest},
-        seed=config.seed,
-        command=call.command,
-        overwrite=options.overwrite,
+    path = call.run_path(EXPERIMENT, name, ("method", "seed"))
+    with train_dir(
+        path, config, digest, call.command, overwrite=options.overwrite
     ) as run:
         announce(run)
-        if not run.finished:
-            _, history = train_student(config, run, collected)
-            run.finish(_summarize_training(collected, history))
+        train_in(run, config, collected)
         print(format_training(run.summary()))
-        print(f"Metrics: {run.path / 'metrics.csv'}")
+        print(f"Metrics: {run.path / METRICS_FILE}")
 
 
-def _data_dir(options: TrainOptions | SearchOptions) -> Path:
-    return options.data or Path("runs") / EXPERIMENT / f"dataset-{options.preset}"
+def train_dir(
+    path: Path,
+    config: TrainConfig,
+    digest: str,
+    command: str,
+    *,
+    overwrite: bool = False,
+) -> RunDir:
+    """The run directory of one student; `digest` tells its dataset from others."""
+    identity = {**dataclasses.asdict(config), "data_sha256": digest}
+    return RunDir(
+        path, TRAIN, identity, seed=config.seed, command=command, overwrite=overwrite
+    )
+
+
+def train_in(
+    run: RunDir, config: TrainConfig, collected: data.Dataset, *, quiet: bool = False
+) -> None:
+    """Trains to the end, if that is still to be done, and writes the summary."""
+    if not run.finished:
+        _, history = train_student(config, run, collected, quiet=quiet)
+        run.finish(_summarize_training(collected, history))
 
 
 def _summarize_training(
@@ -395,7 +410,7 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
             "--overwrite leaves the trials in --storage as they are: choose another "
             "storage, or delete the studies there and start without --overwrite"
         )
-    directory = _data_dir(options).absolute()
+    directory = options.data_dir.absolute()
     _, digest = data.load(config.dataset, directory)
     # More trials continue a finished search: their number is no part of its identity.
     identity = {**dataclasses.asdict(config), "data_sha256": digest}
@@ -572,9 +587,7 @@ def _summarize_search(
     }
     if set(values) == {"adam", "and_mask"}:
         gain = trials.bootstrap_difference(values["adam"], values["and_mask"])
-        summary["adam_minus_and_mask"] = dict(
-            zip(("mean", "low", "high"), map(float, gain), strict=True)
-        )
+        summary["adam_minus_and_mask"] = gain.as_row()
     return summary
 
 

@@ -16,7 +16,12 @@ from experiments.coinrun.config import (
     require_evaluation_levels,
 )
 from experiments.common.choices import Preset, Sampler
-from experiments.common.validation import require, require_choice, require_seed
+from experiments.common.validation import (
+    require,
+    require_choice,
+    require_seed,
+    require_seeds,
+)
 
 Source = Literal["coinrun", "generated"]
 Method = Literal["adam", "and_mask"]
@@ -165,6 +170,18 @@ class SearchConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class RerunConfig(Settings):
+    """What all runs share; methods and their settings come from a search."""
+
+    seeds: tuple[int, int] = (1, 5)
+    """First and last seed of the initial weights and the order of states."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_seeds(self.seeds)
+
+
+@dataclasses.dataclass(frozen=True)
 class PlayConfig:
     """A trained student and its expert on the same levels, which neither has seen."""
 
@@ -229,6 +246,11 @@ SEARCH_PRESETS: dict[Preset, SearchConfig] = {
     "smoke": SearchConfig(**SMOKE, trials=3, top=2),
     "cpu": SearchConfig(**CPU, trials=25),
     "paper": SearchConfig(),
+}
+RERUN_PRESETS: dict[Preset, RerunConfig] = {
+    "smoke": RerunConfig(**SMOKE, seeds=(1, 2)),
+    "cpu": RerunConfig(**CPU),
+    "paper": RerunConfig(),
 }
 PLAY_PRESETS: dict[Preset, PlayConfig] = {
     "smoke": PlayConfig(levels=4, shown=2, max_frames=20),

@@ -30,16 +30,27 @@ _MARGIN, _HEADER = 4, 14
 
 def draw_curves(rows: Sequence[Row]) -> Figure:
     """Figure 18: KL by epoch, mean of the best trials with 95 % bootstrap intervals."""
+    return _draw_means(rows, "rank", "best {}")
+
+
+def draw_reruns(rows: Sequence[Row]) -> Figure:
+    """KL by epoch, mean over seeds with 95 % bootstrap intervals."""
+    return _draw_means(rows, "seed", "{} seeds")
+
+
+def _draw_means(rows: Sequence[Row], run: str, number: str) -> Figure:
+    """Means over the runs that the column `run` tells apart; the legend counts them."""
     use_style()
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (column, title) in zip(axes, _PANELS.items(), strict=True):
         for method in _in_order(rows, "method"):
             label, color = _METHODS[method]
-            curves = _curves(rows, method, column)
+            curves = _curves(rows, method, run, column)
             epochs = np.arange(1, curves.shape[1] + 1)
             mean, low, high = bootstrap(curves)
-            ax.plot(epochs, mean, color=color, label=f"{label}, best {len(curves)}")
+            count = number.format(len(curves))
+            ax.plot(epochs, mean, color=color, label=f"{label}, {count}")
             ax.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
         ax.set(title=title, xlabel="Epoch", yscale="log")
     axes[0].set_ylabel("KL(expert || student), nats")
@@ -71,13 +82,13 @@ def draw_best(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _curves(rows: Sequence[Row], method: str, column: str) -> np.ndarray:
-    """Float [trial, epoch]."""
+def _curves(rows: Sequence[Row], method: str, run: str, column: str) -> np.ndarray:
+    """Float [run, epoch]."""
     chosen = [row for row in rows if row["method"] == method]
     return np.array(
         [
-            [row[column] for row in chosen if row["rank"] == rank]
-            for rank in _in_order(chosen, "rank")
+            [row[column] for row in chosen if row[run] == name]
+            for name in _in_order(chosen, run)
         ]
     )
 

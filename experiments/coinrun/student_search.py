@@ -182,6 +182,10 @@ class Interval(NamedTuple):
     low: np.ndarray
     high: np.ndarray
 
+    def as_row(self) -> dict[str, float]:
+        """Of a scalar, as JSON takes it."""
+        return {name: float(value) for name, value in self._asdict().items()}
+
 
 def bootstrap(values: np.ndarray) -> Interval:
     """Mean over the first axis, with percentile bootstrap intervals.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.common.run_dir import RunDir
+from tests._zoo import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -50,6 +51,20 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def quick_workers(tmp_path_factory):
+    """Workers compile as with `quick_compilation`, and only once between them."""
+    cache = tmp_path_factory.mktemp("compilation-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        flags = " ".join(f"--{name}={value}" for name, value in QUICK.items())
+        patch.setenv("XLA_FLAGS", flags)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        yield
 
 
 @pytest.fixture(scope="session")

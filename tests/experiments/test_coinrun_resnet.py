@@ -15,6 +15,7 @@ from experiments.coinrun.resnet import (
     make_apply,
     make_train_apply,
 )
+from tests._asserts import assert_trees_close
 from tests._zoo import compile_quickly
 
 ARCHITECTURE = Architecture(width=2, momentum=0.8)
@@ -113,6 +114,27 @@ def test_resnet_is_the_network_written_by_hand(shape):
         np.testing.assert_allclose(
             stats[name], expected, rtol=1e-3, atol=1e-4, err_msg=name
         )
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 3), (1, 1), (5, 5)], ids=str)
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2), (1, 1), (7, 2)])
+def test_convolve_is_xlas_convolution(shape, size, stride):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, *shape, 5)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 5, 4)), jnp.float32)
+    strides, padding = (stride, stride), ((size // 2, size // 2),) * 2
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def pull(function):
+        def of(x, kernel):
+            return function(x, kernel, strides, padding, **numbers)
+
+        y, back = jax.vjp(of, x, kernel)
+        return y, back(jnp.cos(y))
+
+    ours = jax.jit(lambda: pull(resnet.convolve))()
+    xlas = jax.jit(lambda: pull(jax.lax.conv_general_dilated))()
+    assert_trees_close(ours, xlas, rtol=1e-4, atol=1e-5)
 
 
 def count(architecture):

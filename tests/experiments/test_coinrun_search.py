@@ -31,10 +31,9 @@ from experiments.coinrun.student_search import (
 )
 from experiments.common.cli import main
 from experiments.common.search import open_study
-from tests._zoo import QUICK
 from tests.experiments.conftest import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_workers")
 
 SMOKE = SEARCH_PRESETS["smoke"]
 # Trials of one epoch: they are here to be killed, resumed and counted.
@@ -44,20 +43,6 @@ SHORT = ("search", "--preset", "smoke", "--epochs", "1", "--top", "2")
 def coinrun(*arguments):
     arguments = list(map(str, arguments))
     return main("python -m experiments.coinrun", COMMANDS, arguments)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_workers(tmp_path_factory):
-    """Workers compile as this process does, and only once between them."""
-    cache = tmp_path_factory.mktemp("compilation-cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        flags = " ".join(f"--{name}={value}" for name, value in QUICK.items())
-        patch.setenv("XLA_FLAGS", flags)
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-        yield
 
 
 def read_csv(path):

@@ -1,0 +1,177 @@
+"""The subcommand rerun: what a search has chosen, with seeds that it has not seen.
+
+A search reports the lowest of many numbers, each of which it has looked at on the test
+set. Other seeds of the chosen settings, at their last epoch, have no such luck.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.coinrun import dataset as data
+from experiments.coinrun.options import RerunOptions
+from experiments.coinrun.student_commands import (
+    EXPERIMENT,
+    TRAIN,
+    train_dir,
+    train_in,
+)
+from experiments.coinrun.student_config import (
+    METHODS,
+    RerunConfig,
+    TrainConfig,
+    shared_settings,
+)
+from experiments.coinrun.student_figures import draw_reruns
+from experiments.coinrun.student_search import bootstrap, bootstrap_difference
+from experiments.common.cli import Invocation, announce, load_settings
+from experiments.common.figures import (
+    Drawings,
+    figure_dir,
+    finish_figures,
+    redraw,
+)
+from experiments.common.pool import run_jobs
+from experiments.common.run_dir import RunDirError
+
+RERUNS = "reruns"
+DRAWINGS: Drawings = {RERUNS: draw_reruns}
+REPORTED = ("test_kl", "min_test_kl", "train_kl", "test_accuracy", "open_fraction")
+
+Row = dict[str, Any]
+
+
+def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
+    """Trains each method's chosen settings with every seed; table, figure, means."""
+    config, options = call.config, call.options
+    if options.results is not None:
+        redraw(options, DRAWINGS, (RERUNS,))
+        return
+    directory = options.data_dir.absolute()
+    _, digest = data.load(config.dataset, directory)
+    chosen = load_selected(options.selected_file)
+    identity = dataclasses.asdict(config)
+    identity |= {"selected": chosen, "data_sha256": digest}
+    first, last = config.seeds
+    name = f"rerun-{options.preset}-seeds{first}-{last}"
+    path = call.run_path(EXPERIMENT, name, ("seeds",))
+    parts = f"{EXPERIMENT} rerun"
+    with figure_dir(path, parts, call, identity, (RERUNS,), TRAIN) as run:
+        announce(run)
+        if not run.finished:
+            jobs = [
+                (run.path / f"{each.method}-seed{each.seed}", each, directory, digest)
+                for each in train_configs(config, chosen)
+            ]
+            histories: dict[tuple[str, int], list[Row]] = {}
+            summaries: list[Row] = []
+            with tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
+                done = run_jobs(
+                    _train_one, [(*job, call.command) for job in jobs], options.workers
+                )
+                for summary, history in done:
+                    summaries.append(summary)
+                    histories[summary["method"], summary["seed"]] = history
+                    bar.update()
+            rows = [
+                {"method": each.method, "seed": each.seed, **row}
+                for _, each, _, _ in jobs
+                for row in histories[each.method, each.seed]
+            ]
+            finish_figures(run, DRAWINGS, {RERUNS: rows}, summarize(summaries))
+        print(format_reruns(run.summary()))
+        print(f"Figure: {run.path / f'{RERUNS}.png'}")
+
+
+def load_selected(path: Path) -> dict[str, dict[str, Any]]:
+    """Fields of `TrainConfig` that a search has chosen, by method.
+
+    Raises:
+      RunDirError: there is no such file, or it is not one of a search.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for method in METHODS:
+        try:
+            found[method] = load_settings(f"{path}:{method}", TrainConfig())
+        except ValueError as error:
+            raise RunDirError(
+                f"{error}: --selected takes selected.json of a finished search with "
+                "both methods"
+            ) from None
+    return found
+
+
+def train_configs(
+    config: RerunConfig, chosen: Mapping[str, Mapping[str, Any]]
+) -> list[TrainConfig]:
+    """One for each method and seed; all methods of a seed before the next seed."""
+    first, last = config.seeds
+    return [
+        TrainConfig(**{**shared_settings(config), **settings, "seed": seed})
+        for seed in range(first, last + 1)
+        for settings in chosen.values()
+    ]
+
+
+def _train_one(
+    path: Path, config: TrainConfig, directory: Path, digest: str, command: str
+) -> tuple[Row, list[Row]]:
+    """The summary and the history of a run, trained or found."""
+    with train_dir(path, config, digest, command) as run:
+        if not run.finished:
+            train_in(run, config, _load(config.dataset, directory)[0], quiet=True)
+        rows = run.read_metrics()
+        if len(rows) != config.epochs:
+            raise RunDirError(
+                f"the metrics in {run.path} are missing or damaged: remove it and "
+                "start again, which trains this run anew"
+            )
+        summary = {"method": config.method, "seed": config.seed, **run.summary()}
+        return summary, rows
+
+
+# The runs of a worker share their dataset.
+_load = functools.lru_cache(maxsize=1)(data.load)
+
+
+def summarize(summaries: Sequence[Mapping[str, Any]]) -> Row:
+    """Means over seeds with 95 % bootstrap intervals, and Adam's excess of test KL."""
+    ordered = sorted(summaries, key=lambda row: row["seed"])
+
+    def values(method: str, name: str) -> np.ndarray:
+        return np.array([row[name] for row in ordered if row["method"] == method])
+
+    def means(method: str) -> Row:
+        return {
+            "seeds": len(values(method, "test_kl")),
+            **{name: bootstrap(values(method, name)).as_row() for name in REPORTED},
+        }
+
+    gain = bootstrap_difference(*(values(method, "test_kl") for method in METHODS))
+    return {
+        "methods": {method: means(method) for method in METHODS},
+        "adam_minus_and_mask": gain.as_row(),
+    }
+
+
+def format_reruns(summary: Mapping[str, Any]) -> str:
+    """The means, as text."""
+    lines = [
+        f"{method}: {each['seeds']} seeds, last epoch: test KL "
+        "{mean:.5f} [{low:.5f}, {high:.5f}]".format(**each["test_kl"])
+        + ", train KL {mean:.5f}".format(**each["train_kl"])
+        for method, each in summary["methods"].items()
+    ]
+    lines.append(
+        "adam minus and_mask: {mean:+.5f} [{low:+.5f}, {high:+.5f}]".format(
+            **summary["adam_minus_and_mask"]
+        )
+    )
+    return "\n".join(lines)
