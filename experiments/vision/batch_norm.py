@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -247,14 +248,14 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Shares that pass, and how alike the two masks are, against the threshold."""
     use_style()
     figure = Figure(figsize=(11.5, 4.9), layout="constrained")
-    kept_axes, alike_axes = figure.subplots(1, 2, sharey=True)
+    kept_axes, alike_axes = figure.subplots(1, 2)
     kept = {
         "kept_path": ("path", BLUE),
         "kept_coupled": ("coupled", ORANGE),
         "kept_group": ("group norm", GREEN),
     }
     alike = {
-        "overlap": ("components in both masks / in either", BLUE),
+        "overlap": ("overlap: components in both masks / in either", BLUE),
         "cosine": ("cosine between the masked gradients", ORANGE),
     }
     looks = list(dict.fromkeys(row["epoch"] for row in rows))
@@ -276,11 +277,13 @@ def draw(rows: Sequence[Row]) -> Figure:
         ]
         axes.legend(handles=handles, loc="upper right")
         axes.set_xlabel("Threshold of the AND-mask")
-        percent_axis(axes)
-    # Room for the legends above the lines.
-    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    kept_axes.set(title="Components that pass", ylim=(0, 1.3), yticks=ticks)
-    alike_axes.set_title("How alike path and coupled are")
+    # Room for the legends above the lines, and below for cosines under 0.
+    bottom = -1 if any(row["cosine"] < 0 for row in rows) else 0
+    kept_axes.set(title="Components that pass", ylim=(0, 1.3))
+    kept_axes.set_yticks(np.arange(6) / 5)
+    percent_axis(kept_axes)
+    alike_axes.set(title="How alike path and coupled are", ylim=(bottom, 1.3))
+    alike_axes.set_yticks(np.arange(5 * bottom, 6) / 5)
     figure.legend(
         handles=[
             Line2D([], [], color="0.3", ls=style, label=f"{look:g} epochs")

@@ -276,6 +276,8 @@ class BatchNormConfig(Settings):
         in_range = rising and self.looks[0] >= 0 and self.looks[-1] <= self.epochs
         rule = f"in ascending order, between 0 and epochs ({self.epochs})"
         require("looks", self.looks, in_range, rule)
+        # The figure has a line style for each.
+        require("looks", self.looks, len(self.looks) <= 4, "at most 4")
         _require_distinct("thresholds", self.thresholds)
         for threshold in self.thresholds:
             require("thresholds", threshold, 0 < threshold <= 1, "in (0, 1]")

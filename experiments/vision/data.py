@@ -300,7 +300,7 @@ def _read_perhaps_gzipped(directory: Path, name: str) -> bytes:
             f"{compressed} is not there, nor is {name} without .gz: "
             f"{WAYS['fashion_mnist']}"
         ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, OSError) as error:
         raise DataError(
             f"{compressed} is truncated or damaged ({error}), expected a gzip file: "
             f"{WAYS['fashion_mnist']}"

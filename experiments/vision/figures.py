@@ -43,7 +43,7 @@ def draw_thresholds(rows: Sequence[Row]) -> Figure:
         chosen = [row for row in rows if row["labels"] == labels]
         for part, (title, color, style) in _PARTS.items():
             _thresholds_line(ax, chosen, f"{part}_accuracy", title, color, style)
-        ax.axhline(CHANCE, color="0.45", lw=1, ls=":")
+        _chance(ax)
         ax.set(title=_TITLES[labels], xlabel="Threshold of the AND-mask")
         # Where the thresholds are close together, at the left, is where much happens.
         ax.set_xscale("function", functions=(_root, np.square))
@@ -68,7 +68,8 @@ def _thresholds_line(
     places = np.unique(x)
     means = [y[x == place].mean() for place in places]
     axes.plot(places, means, style, color=color, label=title)
-    axes.plot(x, y, "o", color=color, ms=5, alpha=0.5, mec="none")
+    # Whole dots, also on the edges of the panel.
+    axes.plot(x, y, "o", color=color, ms=5, alpha=0.5, mec="none", clip_on=False)
 
 
 def draw_threshold_curves(rows: Sequence[Row]) -> Figure:
@@ -87,12 +88,13 @@ def draw_threshold_curves(rows: Sequence[Row]) -> Figure:
                     if row["labels"] == labels and row["threshold"] == threshold
                 ]
                 _curves(ax, chosen, f"{part}_accuracy", colors[threshold])
-            ax.axhline(CHANCE, color="0.45", lw=1, ls=":")
+            _chance(ax)
             ax.set_title(f"{_TITLES[labels]}, {title.lower()}")
     for ax in axes[-1]:
         ax.set_xlabel("Epoch")
     for ax in axes[:, 0]:
         ax.set_ylabel("Accuracy")
+    axes[-1, 0].legend(loc="best")
     handles = [
         Line2D([], [], color=colors[t], label=f"{t:g}" if t else "0 (averaging)")
         for t in thresholds
@@ -125,7 +127,7 @@ def draw_label_noise(rows: Sequence[Row]) -> Figure:
                     if row["learning_rate"] == rate and row["method"] == method
                 ]
                 _curves(ax, chosen, name, color)
-            ax.axhline(CHANCE, color="0.45", lw=1, ls=":")
+            chance = _chance(ax)
             if line == 0:
                 ax.set_title(title)
             if line == len(rates) - 1:
@@ -134,6 +136,7 @@ def draw_label_noise(rows: Sequence[Row]) -> Figure:
     handles = [
         Line2D([], [], color=color, label=label) for label, color in methods.values()
     ]
+    handles.append(chance)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
@@ -150,6 +153,10 @@ def _curves(axes: Axes, rows: Sequence[Row], column: str, color: Any) -> None:
     for curve in curves:
         axes.plot(epochs, curve, color=color, lw=0.8, alpha=0.4)
     axes.plot(epochs, np.mean(curves, axis=0), color=color)
+
+
+def _chance(axes: Axes) -> Line2D:
+    return axes.axhline(CHANCE, color="0.45", lw=1, ls=":", label="Chance")
 
 
 def _panels(

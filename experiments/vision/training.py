@@ -13,7 +13,7 @@ import optax
 
 import hardvary
 from experiments.vision.config import Settings, TrainConfig, shared_settings
-from experiments.vision.data import Images, redraw_labels
+from experiments.vision.data import DataError, Images, redraw_labels
 from experiments.vision.model import (
     ENV_AXIS,
     LAYERS,
@@ -130,7 +130,17 @@ def make_keys(seed: int) -> Keys:
 
 
 def dataset_for(config: TrainConfig, images: Images) -> Dataset:
-    """The examples of a run, on the device, with its labels."""
+    """The examples of a run, on the device, with its labels.
+
+    Raises:
+      DataError: they do not fill one batch.
+    """
+    count = len(images.train.labels)
+    if config.batch_size > count:
+        raise DataError(
+            f"batch_size must be at most {count}, as {config.dataset} has no more "
+            f"training examples, got {config.batch_size}"
+        )
     train, test = (
         Examples(jnp.asarray(split.images), labels, labels)
         for split in images

@@ -149,11 +149,21 @@ def test_finished_command_trains_nothing_again(memorized, capsys):
     assert (memorized / "figure8.csv").stat().st_mtime_ns == modified
 
 
-@pytest.mark.parametrize("number", [8, 16])
-def test_figure_of_the_same_runs_is_the_commands(memorized, number, capsys):
-    arguments = ("figure", number, "--preset", "smoke", "--out", memorized)
-    assert vision(*arguments) == 0
-    assert f"Figure: {memorized / f'figure{number}.png'}" in capsys.readouterr().out
+@pytest.mark.parametrize("number", [8, 9, 16])
+def test_figure_of_the_same_runs_is_the_commands(memorized, noisy, number, capsys):
+    run = noisy if number == 9 else memorized
+    assert vision("figure", number, "--preset", "smoke", "--out", run) == 0
+    assert f"Figure: {run / f'figure{number}.png'}" in capsys.readouterr().out
+
+
+def test_memorize_coupled_gradients_and_decoupled_decay_train(tmp_path):
+    chosen = ("--batch-norm", "coupled", "--decay-order", "decoupled")
+    fewer = ("--thresholds", 0.2, "--labels", "random", "--epochs", 1)
+    sizes = ("--train-examples", 20, "--batch-size", 10, "--microbatch-size", 5)
+    arguments = ("--preset", "smoke", "--out", tmp_path, *chosen, *fewer, *sizes)
+    assert vision("memorize", *arguments) == 0
+    [row] = read_csv(tmp_path / "figure8.csv")
+    assert 0 < float(row["kept_fraction"]) < 1
 
 
 @pytest.mark.parametrize("number", [8, 9, 16])
@@ -226,6 +236,7 @@ def test_train_configs_have_directories_of_their_own(presets, preset):
         (LabelNoiseConfig, {"learning_rates": (1.0, 1.0)}, "learning_rates must be"),
         (BatchNormConfig, {"looks": (0, 81)}, r"looks must be in ascending .* \(80\)"),
         (BatchNormConfig, {"looks": (5, 0)}, "looks must be in ascending order"),
+        (BatchNormConfig, {"looks": (0, 1, 2, 3, 4)}, "looks must be at most 4, got"),
         (BatchNormConfig, {"thresholds": (0.0,)}, r"thresholds must be in \(0, 1\]"),
         (BatchNormConfig, {"rounds": 0}, "rounds must be at least 1, got 0"),
         (BatchNormConfig, {"redrawn": 2.0}, r"redrawn must be in \[0, 1\], got 2"),

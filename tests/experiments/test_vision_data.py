@@ -98,6 +98,9 @@ def change(directory, kind):
         images.write_bytes(images.read_bytes()[:-9])
     elif kind == "empty":
         images.write_bytes(b"")
+    elif kind == "folder":
+        images.unlink()
+        images.mkdir()
     elif kind == "no gzip":
         images.write_bytes(b"<html>not found</html>")
     elif kind == "other content":
@@ -116,6 +119,7 @@ def change(directory, kind):
         ("missing", "is not there"),
         ("truncated", "truncated or damaged"),
         ("empty", "has 0 bytes"),
+        ("folder", r"truncated or damaged \(.*[Dd]irectory"),
         ("no gzip", "expected a gzip file"),
         ("other content", "expected MD5"),
         ("train and test", "it is t10k-images-idx3-ubyte under the name of train-im"),
@@ -188,6 +192,7 @@ def test_read_cifar10_gives_what_the_files_hold(tmp_path, form):
         ("swapped", r"data_batch_3 has .* it is test_batch under the name of data_bat"),
         ("empty folder", "holds neither cifar-10-python.tar.gz nor data_batch_1"),
         ("archive", r"cifar-10-python.tar.gz has \d+ bytes"),
+        ("part of the archive", "holds neither cifar-10-python.tar.gz nor data_bat"),
     ],
 )
 def test_read_cifar10_bad_file_says_which_and_how_to_get_it(tmp_path, kind, message):
@@ -204,6 +209,9 @@ def test_read_cifar10_bad_file_says_which_and_how_to_get_it(tmp_path, kind, mess
         third.write_bytes(files["test_batch"])
     elif kind == "empty folder":
         folder = tmp_path / "unpacked" / "none"
+    elif kind == "part of the archive":
+        folder = tmp_path
+        archive.rename(tmp_path / f"{data.CIFAR10_ARCHIVE}.part")
     else:
         folder = tmp_path
         archive.write_bytes(archive.read_bytes()[:-1])

@@ -12,7 +12,7 @@ import hardvary
 from experiments.common.run_dir import RunDir
 from experiments.vision import training
 from experiments.vision.config import SMOKE, Settings, TrainConfig
-from experiments.vision.data import load, redraw_labels
+from experiments.vision.data import DataError, load, redraw_labels
 from experiments.vision.model import LAYERS, NORMS, Architecture, make_apply
 from experiments.vision.training import (
     METRICS,
@@ -80,6 +80,12 @@ def test_dataset_for_redraws_labels_by_the_seed_and_keeps_bytes(images):
     np.testing.assert_array_equal(dataset.test.given, dataset.test.true)
     other = dataset_for(dataclasses.replace(CONFIG, seed=1), images)
     assert (other.train.given != given).any()
+
+
+def test_dataset_for_less_than_a_batch_is_refused(images):
+    config = dataclasses.replace(CONFIG, train_examples=None, batch_size=81)
+    with pytest.raises(DataError, match=r"batch_size must be at most 80, .* got 81"):
+        dataset_for(config, images)
 
 
 def stats_like_parameters():
