@@ -11,15 +11,16 @@ from experiments.coinrun.evaluation import (
     format_summary,
     policies,
     rows_of,
-    summarize,
+    summarize_all,
 )
-from experiments.coinrun.expert import Expert, file_sha256, load_expert, save_expert
+from experiments.coinrun.expert import Expert, load_expert, save_expert
 from experiments.coinrun.figures import draw_learning_curve
 from experiments.coinrun.game import EVALUATION_LEVELS, require_game
 from experiments.coinrun.options import ExpertFileOptions
 from experiments.coinrun.training import SPEED, train
 from experiments.common.cli import Invocation, RunOptions, announce
 from experiments.common.figures import read_table
+from experiments.common.files import file_sha256
 from experiments.common.run_dir import METRICS, RunDir
 
 EXPERIMENT = "coinrun"
@@ -90,7 +91,7 @@ def _evaluate(
     played = EVALUATION_LEVELS[:levels]
     episodes = evaluate(policies(expert.probabilities, seed), played, mode)
     run.write_metrics(rows_of(episodes), EPISODES)
-    return {name: summarize(played) for name, played in episodes.items()}
+    return summarize_all(episodes)
 
 
 def _show(run: RunDir) -> None:

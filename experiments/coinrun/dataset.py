@@ -32,7 +32,7 @@ from experiments.coinrun.student_config import (
     DatasetConfig,
     Source,
 )
-from experiments.common.files import atomic_write, write_json
+from experiments.common.files import atomic_write, file_sha256, write_json
 from experiments.common.run_dir import RunDirError
 
 MANIFEST = "dataset.json"
@@ -235,15 +235,19 @@ def save(directory: Path, dataset: Dataset, about: Mapping[str, Any]) -> None:
     write_json(directory / MANIFEST, manifest)
 
 
-def load(source: Source, directory: Path) -> tuple[Dataset, str]:
+def load(
+    source: Source, directory: Path, expected: str | None = None
+) -> tuple[Dataset, str]:
     """The dataset that a config names, and what tells it from others.
 
     Args:
       source: coinrun, or generated, which is made anew and needs no directory.
       directory: of the former.
+      expected: what tells the wanted one from others, if that is known.
 
     Raises:
-      DataError: see `open_dataset`; or the directory holds generated images.
+      DataError: see `open_dataset`; or the directory holds generated images, or another
+        dataset than the expected one.
     """
     if source == "generated":
         return generate(DATASET_PRESETS["smoke"]), "generated"
@@ -252,6 +256,11 @@ def load(source: Source, directory: Path) -> tuple[Dataset, str]:
         raise DataError(
             f"{directory} holds a dataset of source {opened.manifest.get('source')!r}, "
             f"not {source!r}: choose another with --data"
+        )
+    if expected not in (None, opened.digest):
+        raise DataError(
+            f"{directory} holds another dataset than when this command began: begin "
+            "again, in another run directory"
         )
     return opened.dataset, opened.digest
 
@@ -268,7 +277,8 @@ def open_dataset(directory: Path) -> Opened:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path} is not there, so {directory} holds no complete dataset: make one "
-            f"with `python -m experiments.coinrun dataset --out {directory}`"
+            f"with `python -m experiments.coinrun dataset --out {directory}`, and with "
+            "the same --preset"
         ) from None
     mend = (
         "make the dataset again with `python -m experiments.coinrun dataset "
@@ -296,8 +306,7 @@ def open_dataset(directory: Path) -> Opened:
 def _require_intact(path: Path, described: Mapping[str, Any], mend: str) -> None:
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path} is not there: {mend}") from None
     if size != described.get("bytes"):

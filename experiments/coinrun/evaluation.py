@@ -62,19 +62,40 @@ def evaluate(
 def summarize(episodes: Sequence[Episode]) -> dict[str, Any]:
     """Means over levels, with standard errors."""
     returns = np.array([episode.total_reward for episode in episodes])
-    solved = np.array([episode.solved for episode in episodes], float)
-
-    def error(values: np.ndarray) -> float:
-        return float(values.std(ddof=1) / math.sqrt(len(values)))
-
+    solved = _solved(episodes)
     return {
         "levels": len(episodes),
         "mean_return": float(returns.mean()),
-        "return_error": error(returns),
+        "return_error": _error(returns),
         "solved": float(solved.mean()),
-        "solved_error": error(solved),
+        "solved_error": _error(solved),
         "mean_steps": float(np.mean([episode.steps for episode in episodes])),
     }
+
+
+def summarize_all(
+    episodes: Mapping[str, Sequence[Episode]],
+) -> dict[str, dict[str, Any]]:
+    """`summarize` of each policy, and how many more levels it solves than the scripted.
+
+    `gain` is the difference of the shares, `gain_error` the standard error of the
+    difference on one level.
+    """
+    scripted = _solved(episodes["scripted"])
+    results = {}
+    for name, played in episodes.items():
+        gains = _solved(played) - scripted
+        gain = {"gain": float(gains.mean()), "gain_error": _error(gains)}
+        results[name] = {**summarize(played), **gain}
+    return results
+
+
+def _solved(episodes: Sequence[Episode]) -> np.ndarray:
+    return np.array([episode.solved for episode in episodes], float)
+
+
+def _error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def rows_of(episodes: Mapping[str, Sequence[Episode]]) -> list[dict[str, Any]]:
@@ -93,11 +114,14 @@ def rows_of(episodes: Mapping[str, Sequence[Episode]]) -> list[dict[str, Any]]:
 
 
 def format_summary(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results of `summarize` by policy, as text."""
-    lines = ["policy   levels        solved          return   steps"]
+    """Results of `summarize_all`, as text."""
+    lines = [
+        "policy   levels        solved   more than scripted          return   steps"
+    ]
     lines += [
         f"{name:<8} {row['levels']:>6}"
         f" {row['solved']:>7.1%} +-{row['solved_error']:5.1%}"
+        f" {row['gain']:>+12.1%} +-{row['gain_error']:5.1%}"
         f" {row['mean_return']:>7.2f} +-{row['return_error']:5.2f}"
         f" {row['mean_steps']:>7.1f}"
         for name, row in results.items()

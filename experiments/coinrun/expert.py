@@ -137,12 +137,6 @@ def load_expert(path: Path) -> Expert:
     return Expert(architecture, params, about["about"])
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, which tells an expert from others."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _names(params: Params) -> list[str]:
     paths = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(params))
     return [".".join(str(key.key) for key in path) for path, _ in paths]

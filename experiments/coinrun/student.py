@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,8 +125,11 @@ def make_optimizer(method: Method, rates: Rates) -> optax.GradientTransformation
 
 
 def rates_at(config: TrainConfig, index: int) -> Rates:
-    """The rates of epoch `index` (from 0): a tenth of the learning rate each drop."""
-    drops = (config.epochs // 2, config.epochs * 3 // 4)
+    """The rates of epoch `index` (from 0): a tenth of the learning rate each drop.
+
+    A drop is at the first epoch that begins after its share of the training.
+    """
+    drops = (math.ceil(config.epochs / 2), math.ceil(config.epochs * 3 / 4))
     dropped = sum(index >= drop for drop in drops)
     decays = {
         kind: config.weight_decay if config.decay == kind else 0.0
@@ -287,7 +291,9 @@ def constant_kl(probabilities: np.ndarray | jax.Array) -> jax.Array:
     The least that a student who does not look at the state can have on these.
     """
     mean = jnp.asarray(probabilities).mean(0)
-    return kl_divergence(probabilities, jnp.log(mean)[None]).mean()
+    # What never happens costs nothing, whatever its logarithm.
+    logs = jnp.log(jnp.where(mean > 0, mean, 1))
+    return optax.losses.kl_divergence(logs[None], probabilities).mean()
 
 
 def evaluate(

@@ -32,9 +32,9 @@ from experiments.coinrun.evaluation import (
     evaluate,
     format_summary,
     rows_of,
-    summarize,
+    summarize_all,
 )
-from experiments.coinrun.expert import Expert, file_sha256, load_expert
+from experiments.coinrun.expert import Expert, load_expert
 from experiments.coinrun.options import (
     SELECTED,
     DataOptions,
@@ -64,7 +64,7 @@ from experiments.common import search as studies
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.cli import Invocation, announce
 from experiments.common.figures import Drawings, finish_figures, redraw
-from experiments.common.files import atomic_write, write_json
+from experiments.common.files import atomic_write, file_sha256, write_json
 from experiments.common.run_dir import CHECKPOINT, RunDir, RunDirError
 from experiments.common.run_dir import METRICS as METRICS_FILE
 
@@ -89,9 +89,8 @@ def dataset(call: Invocation[DatasetConfig, ExpertFileOptions]) -> None:
         game.require_game()
         expert = _expert_for(config.mode, options.expert_file)
         identity["expert_sha256"] = file_sha256(options.expert_file)
-    path = options.out or _default_path(call, "dataset")
     with RunDir(
-        path,
+        _default_path(call, "dataset"),
         f"{EXPERIMENT} dataset",
         identity,
         seed=config.seed,
@@ -259,10 +258,14 @@ def _summarize_training(
 
 def format_training(summary: Mapping[str, Any]) -> str:
     """The result of a run, as text."""
+    # JSON has words in place of the NaN that runs that diverged have.
+    numbers = {name: float(value) for name, value in summary.items()}
     return (
         "KL: {train_kl:.4f} train, {test_kl:.4f} test (lowest {min_test_kl:.4f}, epoch "
-        "{min_test_kl_epoch}; a constant {constant_test_kl:.4f}); the expert's first "
-        "choice: {train_accuracy:.1%} train, {test_accuracy:.1%} test".format(**summary)
+        "{min_test_kl_epoch:.0f}; a constant {constant_test_kl:.4f}); the expert's "
+        "first choice: {train_accuracy:.1%} train, {test_accuracy:.1%} test".format(
+            **numbers
+        )
     )
 
 
@@ -282,7 +285,10 @@ def load_student(path: Path) -> Student:
     Raises:
       RunDirError: there is none.
     """
-    mend = "finish it with `python -m experiments.coinrun train` first"
+    mend = (
+        "finish it with `python -m experiments.coinrun train` first, or choose another "
+        "with --student"
+    )
     try:
         identity = json.loads((path / "config.json").read_text())
         summary = json.loads((path / "summary.json").read_text())
@@ -308,7 +314,10 @@ def load_student(path: Path) -> Student:
     finally:
         checkpoints.close()
     if restored is None or restored[0] != config.epochs:
-        raise RunDirError(f"{path} has no checkpoint of its last epoch: {mend}")
+        raise RunDirError(
+            f"{path} has no intact checkpoint of its last epoch: train again with "
+            "--overwrite, or choose another with --student"
+        )
     apply, variables = make_apply(architecture_for(config)), restored[1].variables
 
     @jax.jit
@@ -368,7 +377,7 @@ def play(call: Invocation[PlayConfig, PlayOptions]) -> None:
             run.write_metrics(rows_of(episodes), EPISODES)
             frames = {name: each.frames() for name, each in recorders.items()}
             atomic_write(run.path / ANIMATION, animation(frames))
-            run.finish({name: summarize(played) for name, played in episodes.items()})
+            run.finish(summarize_all(episodes))
         print(format_summary(run.summary()))
         print(f"Animation: {run.path / ANIMATION}")
 
@@ -412,12 +421,13 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
         )
     directory = options.data_dir.absolute()
     _, digest = data.load(config.dataset, directory)
-    # More trials continue a finished search: their number is no part of its identity.
+    # More trials continue a finished search, and it can show more or fewer of the best:
+    # neither number is a part of its identity.
     identity = {**dataclasses.asdict(config), "data_sha256": digest}
-    del identity["trials"]
+    del identity["trials"], identity["top"]
     name = f"search-{options.preset}-seed{config.seed}"
     with RunDir(
-        call.run_path(EXPERIMENT, name, ("seed", "trials")),
+        call.run_path(EXPERIMENT, name, ("seed", "trials", "top")),
         f"{EXPERIMENT} search",
         identity,
         seed=config.seed,
@@ -436,7 +446,7 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
                 f"{run.path} has {done} finished trials of each method already: ask "
                 f"for as many or more, not for {config.trials}"
             )
-        if done < config.trials:
+        if run.finished and (done, run.summary()["top"]) != (config.trials, config.top):
             run.reopen()
         announce(run)
         if not run.finished:
@@ -464,9 +474,9 @@ def _search(
 ) -> Table:
     """Runs the trials of a method that are missing; the rows of all."""
     study = trials.study_of(config, method, run.path, options.storage, digest)
-    objective = trials.Objective(config, method, directory)
+    objective = trials.Objective(config, method, directory, digest)
     rows = studies.table(studies.open_study(study))
-    best = min((row["min_test_kl"] for row in rows), default=math.inf)
+    best = _lowest(rows)
     # The run directory is locked, and the journal in it.
     results = studies.run(
         study, objective, options.workers, alone=options.storage is None
@@ -475,11 +485,16 @@ def _search(
         total=study.trials, initial=len(rows), unit="trial", desc=method, smoothing=0
     ) as bar:
         for row in results:
-            best = min(best, row["min_test_kl"])
+            best = min(best, _lowest([row]))
             bar.set_postfix({"lowest test KL": f"{best:.4f}"}, refresh=False)
             bar.update()
             run.save_manifest()
     return studies.table(studies.open_study(study))
+
+
+def _lowest(rows: Table) -> float:
+    kept = trials.best_trials(rows, 1)
+    return kept[0]["min_test_kl"] if kept else math.inf
 
 
 def _finish_search(
@@ -496,11 +511,11 @@ def _finish_search(
                 "trials"
             )
     run.write_metrics(_trial_rows(tables), TRIALS_TABLE)
-    run_selected = {
+    selected = {
         method: {"method": method, **_settings_of(rows[0])}
         for method, rows in best.items()
     }
-    write_json(run.path / SELECTED, run_selected)
+    write_json(run.path / SELECTED, selected)
     finish_figures(
         run,
         DRAWINGS,
@@ -523,7 +538,8 @@ def _trial_rows(tables: Mapping[Method, Table]) -> Table:
 
 def _settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `TrainConfig` that a trial drew."""
-    return {name: row[name] for name in TABLE_3 if row.get(name) is not None}
+    drawn = {name: row[name] for name in TABLE_3 if row.get(name) is not None}
+    return {"weight_decay": 0.0, **drawn}
 
 
 Best = Mapping[Method, Sequence[Mapping[str, Any]]]
@@ -568,6 +584,7 @@ def _summarize_search(
     intervals = {method: trials.bootstrap(each) for method, each in values.items()}
     summary: dict[str, Any] = {
         "trials": config.trials,
+        "top": config.top,
         "methods": {
             method: {
                 "trials": len(rows),

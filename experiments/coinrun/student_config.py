@@ -1,7 +1,10 @@
 """Settings of the student's part of the CoinRun experiment; defaults are the paper's.
 
 The paper (section 3.3 and appendix) leaves open: the batch size, Adam's second moment,
-the stem of the network and what is done about batch norm's running statistics.
+the ranges of the search, the stem and the initial weights of the network and what is
+done about batch norm's running statistics. Unlike its Algorithm 1 both optimizers
+correct the bias of their moments, as Adam does. A decay that is decoupled is scaled by
+the learning rate, as in AdamW; any decay is of all weights, batch norm's included.
 """
 
 from __future__ import annotations
@@ -183,7 +186,7 @@ class RerunConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class PlayConfig:
-    """A trained student and its expert on the same levels, which neither has seen."""
+    """A trained student and an expert on the same levels, which neither has seen."""
 
     levels: int = 1000
     """Levels that each of them plays once."""

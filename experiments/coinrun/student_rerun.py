@@ -1,7 +1,8 @@
 """The subcommand rerun: what a search has chosen, with seeds that it has not seen.
 
 A search reports the lowest of many numbers, each of which it has looked at on the test
-set. Other seeds of the chosen settings, at their last epoch, have no such luck.
+set. Other seeds of the chosen settings, at their last epoch, have less of such luck:
+what is left of it is the settings' own, which were chosen on the same states.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from experiments.coinrun.student_commands import (
 )
 from experiments.coinrun.student_config import (
     METHODS,
+    Method,
     RerunConfig,
     TrainConfig,
     shared_settings,
 )
 from experiments.coinrun.student_figures import draw_reruns
-from experiments.coinrun.student_search import bootstrap, bootstrap_difference
+from experiments.coinrun.student_search import bootstrap
 from experiments.common.cli import Invocation, announce, load_settings
 from experiments.common.figures import (
     Drawings,
@@ -40,6 +42,7 @@ from experiments.common.figures import (
 )
 from experiments.common.pool import run_jobs
 from experiments.common.run_dir import RunDirError
+from experiments.common.validation import require_choice
 
 RERUNS = "reruns"
 DRAWINGS: Drawings = {RERUNS: draw_reruns}
@@ -57,6 +60,7 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
     directory = options.data_dir.absolute()
     _, digest = data.load(config.dataset, directory)
     chosen = load_selected(options.selected_file)
+    configs = train_configs(config, chosen)
     identity = dataclasses.asdict(config)
     identity |= {"selected": chosen, "data_sha256": digest}
     first, last = config.seeds
@@ -68,7 +72,7 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
         if not run.finished:
             jobs = [
                 (run.path / f"{each.method}-seed{each.seed}", each, directory, digest)
-                for each in train_configs(config, chosen)
+                for each in configs
             ]
             histories: dict[tuple[str, int], list[Row]] = {}
             summaries: list[Row] = []
@@ -80,6 +84,7 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
                     summaries.append(summary)
                     histories[summary["method"], summary["seed"]] = history
                     bar.update()
+                    run.save_manifest()
             rows = [
                 {"method": each.method, "seed": each.seed, **row}
                 for _, each, _, _ in jobs
@@ -99,7 +104,10 @@ def load_selected(path: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for method in METHODS:
         try:
-            found[method] = load_settings(f"{path}:{method}", TrainConfig())
+            settings = load_settings(f"{path}:{method}", TrainConfig())
+            found[method] = {"method": method, **settings}
+            TrainConfig(**found[method])
+            require_choice("method", found[method]["method"], [method])
         except ValueError as error:
             raise RunDirError(
                 f"{error}: --selected takes selected.json of a finished search with "
@@ -126,7 +134,9 @@ def _train_one(
     """The summary and the history of a run, trained or found."""
     with train_dir(path, config, digest, command) as run:
         if not run.finished:
-            train_in(run, config, _load(config.dataset, directory)[0], quiet=True)
+            train_in(
+                run, config, _load(config.dataset, directory, digest)[0], quiet=True
+            )
         rows = run.read_metrics()
         if len(rows) != config.epochs:
             raise RunDirError(
@@ -142,19 +152,42 @@ _load = functools.lru_cache(maxsize=1)(data.load)
 
 
 def summarize(summaries: Sequence[Mapping[str, Any]]) -> Row:
-    """Means over seeds with 95 % bootstrap intervals, and Adam's excess of test KL."""
+    """Means over seeds with 95 % bootstrap intervals, and Adam's excess of test KL.
+
+    Seeds with which a method diverged are counted, and left out: the excess is of the
+    seeds with which neither did, the mean of the differences of one seed.
+
+    Raises:
+      RunDirError: a method diverged with every seed.
+    """
     ordered = sorted(summaries, key=lambda row: row["seed"])
 
     def values(method: str, name: str) -> np.ndarray:
-        return np.array([row[name] for row in ordered if row["method"] == method])
+        # JSON has words in place of NaN.
+        return np.array(
+            [float(row[name]) for row in ordered if row["method"] == method]
+        )
 
-    def means(method: str) -> Row:
+    good = {method: np.isfinite(values(method, "test_kl")) for method in METHODS}
+    both = np.logical_and(*good.values())
+    if not both.any():
+        raise RunDirError(
+            "there is no seed with which neither method diverged: see metrics.csv of "
+            "each run, and search for other settings"
+        )
+
+    def means(method: Method) -> Row:
         return {
-            "seeds": len(values(method, "test_kl")),
-            **{name: bootstrap(values(method, name)).as_row() for name in REPORTED},
+            "seeds": len(good[method]),
+            "diverged": int((~good[method]).sum()),
+            **{
+                name: bootstrap(values(method, name)[good[method]]).as_row()
+                for name in REPORTED
+            },
         }
 
-    gain = bootstrap_difference(*(values(method, "test_kl") for method in METHODS))
+    adam, masked = (values(method, "test_kl")[both] for method in METHODS)
+    gain = bootstrap(adam - masked)
     return {
         "methods": {method: means(method) for method in METHODS},
         "adam_minus_and_mask": gain.as_row(),
@@ -164,8 +197,8 @@ def summarize(summaries: Sequence[Mapping[str, Any]]) -> Row:
 def format_reruns(summary: Mapping[str, Any]) -> str:
     """The means, as text."""
     lines = [
-        f"{method}: {each['seeds']} seeds, last epoch: test KL "
-        "{mean:.5f} [{low:.5f}, {high:.5f}]".format(**each["test_kl"])
+        f"{method}: {each['seeds']} seeds, {each['diverged']} diverged; last epoch: "
+        "test KL {mean:.5f} [{low:.5f}, {high:.5f}]".format(**each["test_kl"])
         + ", train KL {mean:.5f}".format(**each["train_kl"])
         for method, each in summary["methods"].items()
     ]

@@ -80,8 +80,8 @@ def suggest(trial: Any, method: Method, ranges: Ranges = RANGES) -> dict[str, An
 
 
 @functools.lru_cache(maxsize=1)
-def _data(source: Source, directory: Path) -> Dataset:
-    return on_device(load(source, directory)[0])
+def _data(source: Source, directory: Path, digest: str) -> Dataset:
+    return on_device(load(source, directory, digest)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,8 @@ class Objective:
     method: Method
     data: Path
     """Directory of the dataset."""
+    digest: str
+    """What tells it from others."""
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Draws and trains; the trial's user attributes are its curves and metrics.
@@ -100,7 +102,7 @@ class Objective:
         """
         config = self.train_config(trial)
         trainer, keys = make_trainer(config, self.method), make_keys(config.seed)
-        dataset = _data(self.config.dataset, self.data)
+        dataset = _data(self.config.dataset, self.data, self.digest)
         state = trainer.init(keys.model)
         curves: dict[str, list[float]] = {name: [] for name in CURVES}
         stopped = ""
@@ -176,7 +178,7 @@ def best_trials(rows: Sequence[Mapping[str, Any]], top: int) -> list[Mapping[str
 
 
 class Interval(NamedTuple):
-    """A mean, and where it lies with a confidence of 95 %."""
+    """A mean, and the middle 95 % of the means of resampled values."""
 
     mean: np.ndarray
     low: np.ndarray

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.common.files import atomic_write, remove_temporaries
+from experiments.common.files import atomic_write, file_sha256, remove_temporaries
 
 State = TypeVar("State")
 
@@ -98,7 +97,7 @@ class Checkpoints:
     def _checksums(self, step: int) -> str:
         files = (self._directory / str(step)).rglob("*")
         lines = [
-            f"{_sha256(file)}  {file.relative_to(self._directory).as_posix()}\n"
+            f"{file_sha256(file)}  {file.relative_to(self._directory).as_posix()}\n"
             for file in sorted(files)
             if file.is_file()
         ]
@@ -112,8 +111,3 @@ class Checkpoints:
         if expected != self._checksums(step).encode():
             return "its files and its checksums do not agree"
         return None
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,6 +11,7 @@ def larger(a: jax.Array, b: jax.Array) -> jax.Array:
 
     The gradients of jnp.maximum and of a maximum over axes look for what equals the
     maximum, and miss it where XLA computes an operand twice and rounds it differently
-    (seen on CPU, jaxlib 0.10.2 and 0.11.2: wrong gradients, and NaN).
+    (seen on CPU, jaxlib 0.10.2 and 0.11.2: wrong gradients, and NaN). Here a NaN in `a`
+    alone is lost.
     """
     return jnp.where(a >= b, a, b)

@@ -223,6 +223,14 @@ def test_open_dataset_what_is_not_whole_is_refused(tmp_path, kind, message):
     assert f"--out {directory}" in str(info.value)
 
 
+def test_load_another_dataset_than_expected_is_refused(tmp_path):
+    directory = write(tmp_path / "data")
+    with pytest.raises(DataError, match="holds another dataset than when"):
+        load("coinrun", directory, "0" * 64)
+    digest = open_dataset(directory).digest
+    assert load("coinrun", directory, digest)[1] == digest
+
+
 @pytest.mark.parametrize("writes", range(4))
 def test_save_killed_half_way_leaves_no_dataset(tmp_path, writes, monkeypatch):
     directory = write(tmp_path / "data")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from experiments.coinrun import ppo, training
 from experiments.coinrun.__main__ import COMMANDS
 from experiments.coinrun.actors import random_policy, sampled, scripted_policy
 from experiments.coinrun.config import (
@@ -25,9 +27,11 @@ from experiments.coinrun.config import (
 from experiments.coinrun.evaluation import (
     POLICIES,
     evaluate,
+    format_summary,
     policies,
     rows_of,
     summarize,
+    summarize_all,
 )
 from experiments.coinrun.expert import (
     Expert,
@@ -39,13 +43,16 @@ from experiments.coinrun.figures import draw_learning_curve
 from experiments.coinrun.game import (
     ACTIONS,
     EVALUATION_LEVELS,
+    FRAME,
+    REWARD,
     RIGHT,
     RIGHT_UP,
     Episode,
+    Observation,
     Turn,
     play,
 )
-from experiments.coinrun.policy import Architecture, init_params
+from experiments.coinrun.policy import Architecture, init_params, make_apply
 from experiments.coinrun.training import Trainer
 from experiments.common.cli import main
 from tests._asserts import assert_trees_equal
@@ -327,6 +334,104 @@ def test_summarize_is_means_with_standard_errors():
     # Deviation 0.5 of (1, 1, 0, 1) with n - 1, over the root of 4.
     np.testing.assert_allclose(summary["solved_error"], 0.25)
     np.testing.assert_allclose(summary["return_error"], 2.5)
+
+
+def test_summarize_all_gains_are_of_the_same_levels():
+    def episodes(*solved):
+        return [Episode(level, 10.0 * s, bool(s), 5) for level, s in enumerate(solved)]
+
+    results = summarize_all(
+        {"expert": episodes(1, 1, 1, 0), "scripted": episodes(1, 0, 0, 0)}
+    )
+    assert results["expert"]["solved"] == 0.75
+    assert (results["expert"]["gain"], results["scripted"]["gain"]) == (0.5, 0.0)
+    # Of the differences (0, 1, 1, 0), not of the two shares.
+    np.testing.assert_allclose(results["expert"]["gain_error"], np.sqrt(1 / 3) / 2)
+    assert results["scripted"]["gain_error"] == 0
+    assert "+50.0% +-28.9%" in format_summary(results)
+
+
+class ScriptedStream:
+    """Games whose frames say which environment and step it is.
+
+    An episode ends at every third step of the first environment, with a coin.
+    """
+
+    def __init__(self, environments, mode, levels, seed):
+        self.environments, self.step, self.taken = environments, 0, []
+        self.first_level = seed % 251
+
+    def observe(self):
+        frames = np.zeros((self.environments, *FRAME), np.uint8)
+        frames[..., 0] = self.first_level
+        frames[..., 1] = np.arange(self.environments)[:, None, None]
+        frames[..., 2] = self.step
+        first = np.zeros(self.environments, bool)
+        first[0] = self.step > 0 and self.step % 3 == 0
+        return Observation(REWARD * first.astype(np.float32), frames, first)
+
+    def act(self, actions):
+        self.taken.append(actions.copy())
+        self.step += 1
+
+    def save(self):
+        return None
+
+    def close(self):
+        pass
+
+
+def test_trainer_learns_from_what_was_seen_done_and_got(monkeypatch):
+    monkeypatch.setattr(training, "LevelStream", ScriptedStream)
+    config = EXPERT_PRESETS["smoke"]
+    apply = jax.jit(make_apply(Architecture(config.width, config.hidden)))
+    with Trainer(config) as trainer:
+        state = trainer.init()
+        rollouts, after = trainer._play(state.params, jax.random.key(0), state.steps)
+        samples = trainer._samples(rollouts)
+        streams = trainer._streams
+    shape = (config.steps, config.environments // config.workers)
+    assert len({stream.first_level for stream in streams}) == config.workers
+    ended = np.zeros(shape, bool)
+    ended[2::3, 0] = True
+    advantages = []
+    for stream, rollout in zip(streams, rollouts, strict=True):
+        assert (rollout.frames[..., 0] == stream.first_level).all()
+        steps, environments = np.indices(shape)
+        assert (rollout.frames[:, :, 0, 0, 1] == environments).all()
+        assert (rollout.frames[:, :, 0, 0, 2] == steps).all()
+        np.testing.assert_array_equal(rollout.actions, stream.taken)
+        np.testing.assert_array_equal(rollout.ended, ended)
+        np.testing.assert_array_equal(rollout.rewards, ended)
+        output = apply(state.params, rollout.frames.reshape(-1, *FRAME))
+        logs = jax.nn.log_softmax(output.logits)
+        taken = np.asarray(logs)[np.arange(len(logs)), rollout.actions.reshape(-1)]
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+        close(rollout.log_probs.reshape(-1), taken)
+        close(rollout.values.reshape(-1), output.values)
+        close(rollout.last_values, apply(state.params, stream.observe().frames).values)
+        assert rollout.episode_steps == [3] * int(ended.sum())
+        advantages.append(
+            ppo.advantages_and_returns(
+                rollout.rewards,
+                rollout.ended,
+                rollout.values,
+                rollout.last_values,
+                config.discount,
+                config.gae_decay,
+            )
+        )
+    for worker, sample in enumerate(samples):
+        own, returns = advantages[worker]
+        everyone = np.concatenate([each for each, _ in advantages], axis=1)
+        normal = (own - everyone.mean()) / everyone.std()
+        close(sample.advantages, np.reshape(normal, -1), rtol=1e-3, atol=1e-4)
+        close(sample.returns, np.reshape(returns, -1))
+        close(sample.actions, rollouts[worker].actions.reshape(-1))
+    expected = np.full(shape[1], config.steps)
+    expected[0] = config.steps % 3
+    for steps in after:
+        np.testing.assert_array_equal(steps, expected)
 
 
 def test_draw_learning_curve_takes_blocks_without_an_end():

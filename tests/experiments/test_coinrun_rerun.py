@@ -78,6 +78,8 @@ def test_train_configs_are_the_choice_at_the_shared_size_with_every_seed(selecte
         ("{}", "has no 'adam'"),
         (json.dumps({"adam": CHOSEN["adam"]}), "has no 'and_mask'"),
         (json.dumps({**CHOSEN, "adam": {"tau": 1}}), "has tau, which"),
+        (json.dumps({**CHOSEN, "adam": {"b1": 2.0}}), r"b1 must be in \[0, 1\)"),
+        (json.dumps({**CHOSEN, "adam": CHOSEN["and_mask"]}), "method must be one of"),
     ],
 )
 def test_load_selected_what_is_none_is_refused(tmp_path, text, message):
@@ -88,20 +90,25 @@ def test_load_selected_what_is_none_is_refused(tmp_path, text, message):
         load_selected(path)
 
 
-def test_summarize_is_means_over_seeds_and_their_difference():
-    rows = [
+def rows_with(adam, and_mask):
+    """Summaries of runs with these test KLs, by seed."""
+    return [
         {
             "method": method,
             "seed": seed,
             "test_kl": kl,
-            "min_test_kl": kl / 2,
-            "train_kl": kl / 4,
+            "min_test_kl": float(kl) / 2,
+            "train_kl": float(kl) / 4,
             "test_accuracy": 0.5,
             "open_fraction": 1.0,
         }
-        for method, kls in (("adam", (3.0, 5.0)), ("and_mask", (1.0, 2.0)))
+        for method, kls in (("adam", adam), ("and_mask", and_mask))
         for seed, kl in enumerate(kls)
     ]
+
+
+def test_summarize_is_means_over_seeds_and_their_difference():
+    rows = rows_with((3.0, 5.0), (1.0, 2.0))
     summary = summarize(rows[::-1])
     assert summary == summarize(rows)
     adam = summary["methods"]["adam"]
@@ -110,7 +117,20 @@ def test_summarize_is_means_over_seeds_and_their_difference():
     assert adam["min_test_kl"]["mean"] == 2.0
     gain = summary["adam_minus_and_mask"]
     assert gain["mean"] == 2.5
-    assert 1.0 <= gain["low"] < 2.5 < gain["high"] <= 4.0
+    # Of the seeds' differences, which are 2 and 3.
+    assert (gain["low"], gain["high"]) == (2.0, 3.0)
+
+
+def test_summarize_counts_seeds_that_diverged_and_leaves_them_out():
+    # As a summary.json has it.
+    summary = summarize(rows_with(("nan", 5.0, 4.0), (1.0, 2.0, "nan")))
+    adam, masked = (summary["methods"][method] for method in METHODS)
+    assert (adam["seeds"], adam["diverged"]) == (3, 1)
+    assert adam["test_kl"]["mean"] == 4.5
+    assert masked["test_kl"]["mean"] == 1.5
+    assert summary["adam_minus_and_mask"]["mean"] == 3.0
+    with pytest.raises(RunDirError, match="no seed with which neither method diverged"):
+        summarize(rows_with(("nan", 5.0), (1.0, "nan")))
 
 
 def test_rerun_smoke_trains_all_and_goes_on_where_it_was_stopped(
@@ -141,7 +161,7 @@ def test_rerun_smoke_trains_all_and_goes_on_where_it_was_stopped(
     assert (path / "reruns.csv").read_bytes() == table
     assert (path / "adam-seed1" / "metrics.csv").stat().st_mtime_ns == kept
     out = capsys.readouterr().out
-    assert "adam: 2 seeds, last epoch: test KL" in out
+    assert "adam: 2 seeds, 0 diverged; last epoch: test KL" in out
     assert "adam minus and_mask: " in out
     redrawn = tmp_path / "redrawn"
     assert rerun("--from", path, "--out", redrawn) == 0

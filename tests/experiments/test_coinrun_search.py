@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_suggest_every_draw_is_a_valid_config_and_ranges_are_shared(method):
     asked = {}
     for seed in range(40):
         trial = RandomTrial(seed)
-        config = Objective(SMOKE, method, None).train_config(trial)
+        config = Objective(SMOKE, method, None, "").train_config(trial)
         assert (config.method, config.seed) == (method, SMOKE.seed)
         assert (config.decay == "off") == (config.weight_decay == 0)
         asked |= trial.ranges
@@ -118,7 +119,7 @@ def objective(monkeypatch, curve):
 
     monkeypatch.setattr(student_search, "make_trainer", lambda *_: Trainer())
     monkeypatch.setattr(student_search, "_data", lambda *_: None)
-    return Objective(dataclasses.replace(SMOKE, epochs=len(curve)), "adam", None)
+    return Objective(dataclasses.replace(SMOKE, epochs=len(curve)), "adam", None, "")
 
 
 def test_objective_value_is_the_lowest_test_kl_and_curves_are_kept(monkeypatch):
@@ -208,7 +209,7 @@ def test_search_two_workers_on_a_study_finish_every_trial_once(searched):
     for method in METHODS:
         study = open_study(
             study_of(
-                dataclasses.replace(SMOKE, epochs=1, top=2),
+                dataclasses.replace(SMOKE, epochs=1),
                 method,
                 searched,
                 None,
@@ -216,8 +217,10 @@ def test_search_two_workers_on_a_study_finish_every_trial_once(searched):
             )
         )
         assert len(study.trials) == 3
-        workers = {trial.user_attrs["worker"] for trial in study.trials}
-        assert len(workers) >= 2
+        workers = [trial.user_attrs["worker"] for trial in study.trials]
+        assert len({worker.split("-")[1] for worker in workers}) == 2  # processes
+        started = sorted(trial.datetime_start for trial in study.trials)
+        assert started[1] < min(trial.datetime_complete for trial in study.trials)
     assert not [name for name in trials[0] if name.endswith("_curve")]
 
 
@@ -257,6 +260,13 @@ def test_search_tables_and_figures_are_the_best_trials(searched, tmp_path, capsy
     assert coinrun(*SHORT, "--out", searched) == 0
     out = capsys.readouterr().out
     assert "adam: 3 trials, 0 diverged; the best 2:" in out
+    one_shown = tmp_path / "one"
+    shutil.copytree(searched, one_shown)
+    assert coinrun(*SHORT, "--top", 1, "--out", one_shown) == 0
+    assert len(read_csv(one_shown / "best.csv")) == len(METHODS)
+    assert (one_shown / "trials.csv").read_bytes() == (
+        searched / "trials.csv"
+    ).read_bytes()
     assert coinrun(*SHORT, "--trials", 2, "--out", searched) == 2
     assert "has 3 finished trials of each method already" in capsys.readouterr().err
 

@@ -34,7 +34,11 @@ from experiments.coinrun.student import (
     rates_at,
     train,
 )
-from experiments.coinrun.student_commands import Recorder, load_student
+from experiments.coinrun.student_commands import (
+    Recorder,
+    format_training,
+    load_student,
+)
 from experiments.coinrun.student_config import (
     DATASET_PRESETS,
     PLAY_PRESETS,
@@ -111,6 +115,11 @@ def test_constant_kl_is_the_least_of_all_constants():
 
     np.testing.assert_allclose(mean_kl(logits), least, rtol=1e-5)
     np.testing.assert_allclose(jax.grad(mean_kl)(logits), 0, atol=1e-5)
+    never = targets.copy()
+    never[:, 3] = 0
+    never /= never.sum(1, keepdims=True)
+    expected = constant_kl(np.delete(never, 3, axis=1))
+    np.testing.assert_allclose(constant_kl(never), expected, rtol=1e-5)
     # Convex in the logits, so that a point without gradient is the minimum.
     for _ in range(5):
         assert mean_kl(logits + rng.normal(size=15)) > least
@@ -131,7 +140,7 @@ def test_epoch_order_has_every_level_once_and_no_state_twice():
 
 def test_rates_at_learning_rate_falls_to_a_tenth_at_half_and_three_quarters():
     config = dataclasses.replace(ADAM, epochs=30, decay="coupled")
-    rates = [rates_at(config, index) for index in (0, 14, 15, 21, 22, 29)]
+    rates = [rates_at(config, index) for index in (0, 14, 15, 22, 23, 29)]
     np.testing.assert_allclose(
         [rate.learning_rate for rate in rates],
         [3e-3, 3e-3, 3e-4, 3e-4, 3e-5, 3e-5],
@@ -141,6 +150,15 @@ def test_rates_at_learning_rate_falls_to_a_tenth_at_half_and_three_quarters():
     assert rates[0].decoupled_decay == 0
     off = rates_at(dataclasses.replace(config, decay="off"), 0)
     assert off.coupled_decay == off.decoupled_decay == 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "shares"), [(1, [1]), (2, [1, 0.1]), (4, [1, 1, 0.1, 0.01])]
+)
+def test_rates_at_short_training_begins_with_the_whole_rate(epochs, shares):
+    config = dataclasses.replace(ADAM, epochs=epochs)
+    rates = [rates_at(config, index).learning_rate for index in range(epochs)]
+    np.testing.assert_allclose(rates, 3e-3 * np.array(shares), rtol=1e-5)
 
 
 def rates(**changes):
@@ -199,12 +217,15 @@ def test_and_mask_at_threshold_0_trains_bit_identically_to_adamw(decay, data):
 
 def test_epoch_is_the_optimizer_on_one_level_after_another(data):
     """Against the library with plain numbers, in a loop from outside."""
-    config = MASKED
+    # With so large an eps a step is no sign, which rounding might turn.
+    config = dataclasses.replace(MASKED, eps=1e-2)
     state, metrics = run_one(config, data, epochs=1)
     keys, dataset = make_keys(0), on_device(data)
     architecture = student.architecture_for(config)
     apply = make_train_apply(architecture)
-    tx = hardvary.temporal_and_mask_adam(3e-3, 0.9, 0.999, 0.79, 0.3, weight_decay=0.01)
+    tx = hardvary.temporal_and_mask_adam(
+        3e-3, 0.9, 0.999, 0.79, 0.3, 1e-2, weight_decay=0.01
+    )
     params, stats = make_trainer(config, "and_mask").init(keys.model).variables
     opt_state, losses, shares = tx.init(params), [], []
 
@@ -226,17 +247,23 @@ def test_epoch_is_the_optimizer_on_one_level_after_another(data):
         params, stats, opt_state, loss = step(params, stats, opt_state, images, targets)
         losses.append(loss)
         shares.append(open_fraction(opt_state, jnp.float32(0.3)))
-    # Adam's first steps are signs, which rounding may turn: a few learning rates.
-    assert_trees_close(state.variables.params, params, rtol=1e-2, atol=1e-2)
-    np.testing.assert_allclose(metrics["running_kl"], np.mean(losses), rtol=1e-2)
+    start = make_trainer(config, "and_mask").init(keys.model).variables.params
+    moved = max(
+        float(abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
+    )
+    assert moved > 1e-3
+    assert_trees_close(state.variables.params, params, rtol=0, atol=1e-2 * moved)
+    np.testing.assert_allclose(metrics["running_kl"], np.mean(losses), rtol=1e-4)
     np.testing.assert_allclose(metrics["open_fraction"], np.mean(shares), rtol=2e-2)
 
 
 def test_epoch_in_one_piece_is_the_epoch_by_steps(data):
-    _, by_steps = run_one(ADAM, data, epochs=1, in_one_piece=False)
-    _, in_one = run_one(ADAM, data, epochs=1, in_one_piece=True)
+    config = dataclasses.replace(ADAM, eps=1e-2)
+    _, by_steps = run_one(config, data, epochs=1, in_one_piece=False)
+    _, in_one = run_one(config, data, epochs=1, in_one_piece=True)
     assert set(by_steps) == set(in_one) == set(METRICS)
-    assert_trees_close(in_one, by_steps, rtol=2e-2, atol=2e-2)
+    assert_trees_close(in_one, by_steps, rtol=1e-3, atol=1e-4)
 
 
 def test_evaluate_is_in_evaluation_mode_on_the_first_states(data):
@@ -389,6 +416,11 @@ def test_load_student_is_the_one_that_was_trained(trained, data):
     assert kl.mean() == pytest.approx(loaded.identity["test_kl"], rel=1e-3)
 
 
+def test_format_training_of_a_run_that_diverged_is_text():
+    summary = dict.fromkeys((*METRICS, "min_test_kl", "constant_test_kl"), "nan")
+    assert "nan train" in format_training({**summary, "min_test_kl_epoch": 3})
+
+
 def test_play_of_an_unfinished_run_is_refused(tmp_path, capsys):
     assert coinrun("play", "--student", tmp_path, "--out", tmp_path / "out") == 2
     assert "is no finished training run: finish it with" in capsys.readouterr().err
@@ -427,6 +459,8 @@ def test_play_smoke_in_the_game(trained, actions, tmp_path, capsys):
         mean = np.mean([float(row["return"]) for row in own])
         assert summary[name]["mean_return"] == mean
         assert summary[name]["solved"] == mean / 10
+    gain = summary["student"]["solved"] - summary["scripted"]["solved"]
+    assert summary["student"]["gain"] == pytest.approx(gain)
     with Image.open(path / "play.gif") as gif:
         assert gif.is_animated
         assert gif.size == (2 * 4 * 64 + 4, 4 * 64 + 14)
