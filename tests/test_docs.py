@@ -306,7 +306,11 @@ def test_gallery_has_every_figure_with_its_page_and_its_command():
         (DOCS / "gallery.md").read_text(),
         re.MULTILINE,
     )
-    figures = {str(path.relative_to(DOCS)) for path in DOCS.glob("**/*.png")}
+    figures = {
+        str(path.relative_to(DOCS))
+        for ending in ("png", "gif")
+        for path in DOCS.glob(f"**/*.{ending}")
+    }
     assert sorted(figure for figure, _ in entries) == sorted(figures)
     for figure, text in entries:
         [page] = re.findall(r"\]\(([^)#]+\.md)[^)]*\)", text)

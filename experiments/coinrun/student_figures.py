@@ -20,7 +20,7 @@ _METHODS = {
     "and_mask": ("AND-mask Adam", METHOD_COLORS["and_mask"]),
 }
 _PANELS = {"train_kl": "Training levels", "test_kl": "Unseen levels"}
-# Jitter of the points of a method, in widths of its bar.
+# How far from the middle the first and the last point of a method are.
 _SPREAD = 0.25
 
 SCALE = 4
@@ -68,15 +68,11 @@ def draw_best(rows: Sequence[Row]) -> Figure:
         _, color = _METHODS[method]
         values = np.array([row["test_kl"] for row in rows if row["method"] == method])
         mean, low, high = bootstrap(values)
-        ax.bar(place, mean, color=color, alpha=0.35)
         error = [[mean - low], [high - mean]]
-        ax.errorbar(place, mean, error, color=color, capsize=6, lw=2)
+        ax.errorbar(place - 0.4, mean, error, fmt="D", color=color, capsize=6, lw=2)
         offsets = np.linspace(-_SPREAD, _SPREAD, len(values))
         ax.plot(place + offsets, values, "o", color=color, ms=6, mec="white")
-    values = np.array([row["test_kl"] for row in rows])
-    margin = 0.5 * np.ptp(values) or 0.1 * values.max()
-    # Bars from 0 would show nothing but that all are much alike.
-    ax.set_ylim(max(0, values.min() - margin), values.max() + margin)
+    ax.set_xlim(-0.75, len(methods) - 0.25)
     ax.set_xticks(range(len(methods)), [_METHODS[method][0] for method in methods])
     ax.set_ylabel("Lowest test KL, nats")
     return figure
