@@ -71,3 +71,8 @@ class PlayOptions(ExpertFileOptions):
     student: Path | None = None
     """Directory of a finished training run; without it the one that the command train
     makes with this preset."""
+
+    @property
+    def student_dir(self) -> Path:
+        """The directory to use."""
+        return self.student or RUNS / f"train-and_mask-{self.preset}-seed0"

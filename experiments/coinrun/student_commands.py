@@ -333,11 +333,8 @@ def load_student(path: Path) -> Student:
 def play(call: Invocation[PlayConfig, PlayOptions]) -> None:
     """Plays unseen levels with student and expert; writes a table and an animation."""
     config, options = call.config, call.options
+    student = load_student(options.student_dir)
     game.require_game()
-    source = options.student or (
-        Path("runs") / EXPERIMENT / f"train-and_mask-{options.preset}-seed0"
-    )
-    student = load_student(source)
     expert = load_expert(options.expert_file)
     mode = expert.about["mode"]
     identity = dataclasses.asdict(config) | {

@@ -137,7 +137,7 @@ def test_rerun_smoke_trains_all_and_goes_on_where_it_was_stopped(
     selected, tmp_path, capsys
 ):
     path = tmp_path / "run"
-    arguments = ("--selected", selected, "--workers", 2, "--out", path)
+    arguments = ("--selected", selected, "--out", path)
     assert rerun(*arguments) == 0
     rows = read_csv(path / "reruns.csv")
     assert [(row["method"], row["seed"], row["epoch"]) for row in rows] == [
