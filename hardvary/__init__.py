@@ -5,21 +5,21 @@ AND-masks as optax transformations, and the gradient oracles that feed them, aft
 """
 
 from hardvary import consistency, objectives
-from hardvary._aggregator import AggregatorState
-from hardvary._and_mask import and_mask, xor_mask
-from hardvary._decay import add_l1_decay
-from hardvary._fused import Explanation, ParameterRule
-from hardvary._geometric_mean import geometric_mean
-from hardvary._oracles import (
+from hardvary._env_grads.oracles import (
     explain,
     grad_stats,
     per_env_grad,
     value_and_grad_stats,
     value_and_per_env_grad,
 )
-from hardvary._sand_mask import sand_mask
-from hardvary._statistics import GradStats, agreement
-from hardvary._temporal import (
+from hardvary._env_grads.statistics import GradStats, agreement
+from hardvary.aggregators.and_mask import and_mask, xor_mask
+from hardvary.aggregators.geometric_mean import geometric_mean
+from hardvary.aggregators.masked import AggregatorState
+from hardvary.aggregators.sand_mask import sand_mask
+from hardvary.decay import add_l1_decay
+from hardvary.fused.grouping import Explanation, ParameterRule
+from hardvary.temporal import (
     TemporalAndMaskState,
     temporal_and_mask,
     temporal_and_mask_adam,

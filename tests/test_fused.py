@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hardvary
-from hardvary import _fused, _trace
+from hardvary.fused import grouping as _fused
+from hardvary.fused import tracing as _trace
 from tests._asserts import assert_trees_close
 from tests._inputs import STATISTICS
 from tests._zoo import ZOO

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hardvary import _aggregator, _validate
-from hardvary._statistics import LOG_EPS, AxisName, GradStats
+from hardvary import _validate
+from hardvary._env_grads.statistics import LOG_EPS, AxisName, GradStats
+from hardvary.aggregators import masked
 
 
 def geometric_mean(
@@ -74,11 +75,11 @@ def geometric_mean(
     def leaf_rule(leaf: GradStats) -> tuple[jax.Array, jax.Array]:
         sign = jnp.sign(leaf.mean).astype(leaf.log_abs_mean.dtype)
         return (
-            _aggregator.reaches(leaf.sign_sum, leaf.num_envs, threshold),
+            masked.reaches(leaf.sign_sum, leaf.num_envs, threshold),
             sign * jnp.exp(leaf.log_abs_mean),
         )
 
-    aggregator = _aggregator.build(
+    aggregator = masked.build(
         "geometric_mean",
         ("mean", "sign", "log_abs"),
         leaf_rule,

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hardvary import _aggregator, _validate
-from hardvary._statistics import AxisName, GradStats
+from hardvary import _validate
+from hardvary._env_grads.statistics import AxisName, GradStats
+from hardvary.aggregators import masked
 
 
 def and_mask(
@@ -88,11 +89,11 @@ def and_mask(
 
     def leaf_rule(leaf: GradStats) -> tuple[jax.Array, jax.Array]:
         return (
-            _aggregator.reaches(leaf.sign_sum, leaf.num_envs, threshold),
+            masked.reaches(leaf.sign_sum, leaf.num_envs, threshold),
             leaf.mean,
         )
 
-    return _aggregator.build(
+    return masked.build(
         "and_mask",
         ("mean", "sign"),
         leaf_rule,
@@ -151,10 +152,10 @@ def xor_mask(
     _validate.in_unit_interval("threshold", threshold)
 
     def leaf_rule(leaf: GradStats) -> tuple[jax.Array, jax.Array]:
-        agreed = _aggregator.reaches(leaf.sign_sum, leaf.num_envs, threshold)
+        agreed = masked.reaches(leaf.sign_sum, leaf.num_envs, threshold)
         return ~agreed & ~jnp.isnan(leaf.sign_sum), leaf.mean
 
-    return _aggregator.build(
+    return masked.build(
         "xor_mask",
         ("mean", "sign"),
         leaf_rule,

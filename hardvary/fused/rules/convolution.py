@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import _validate
-from hardvary._trace import Env, Use
+from hardvary.fused.tracing import Env, Use
 
 
 def applies(use: Use) -> bool:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hardvary import _aggregator, _validate
-from hardvary._statistics import AxisName, GradStats
+from hardvary import _validate
+from hardvary._env_grads.statistics import AxisName, GradStats
+from hardvary.aggregators import masked
 
 
 def sand_mask(
@@ -100,7 +101,7 @@ def sand_mask(
         mask = jnp.where(jnp.isnan(mask), 0, jnp.maximum(mask, 0))
         return mask, mean
 
-    return _aggregator.build(
+    return masked.build(
         "sand_mask",
         ("mean", "sign", "square"),
         leaf_rule,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hardvary import _validate
-from hardvary._statistics import (
+from hardvary._env_grads.statistics import (
     FIELDS,
     LOG_EPS,
     AxisName,

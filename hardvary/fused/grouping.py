@@ -23,8 +23,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _conv, _validate
-from hardvary._statistics import (
+from hardvary import _validate
+from hardvary._env_grads.statistics import (
     along_envs,
     contribution,
     sign_or_nan,
@@ -32,7 +32,8 @@ from hardvary._statistics import (
     vary_like,
     zero_sum,
 )
-from hardvary._trace import Env, Kind, Program, Use, Value, build, on_cpu
+from hardvary.fused.rules import convolution
+from hardvary.fused.tracing import Env, Kind, Program, Use, Value, build, on_cpu
 
 PyTree = Any
 
@@ -264,7 +265,7 @@ def _decide(program: Program, group: Group) -> None:
                 group.reason = f"{lookups} rows per environment"
                 return
     copies = all(use.primitive == "copy" for use in group.uses)
-    small = size <= SMALL and not any(_conv.applies(use) for use in group.uses)
+    small = size <= SMALL and not any(convolution.applies(use) for use in group.uses)
     if copies or small:
         group.rule = "stack"
     else:
@@ -359,7 +360,7 @@ def _pull(traced: Traced, group: Group) -> Callable[[Any, Any], list[jax.Array]]
             group.uses, saved, cotangents, strict=True
         ):
             arguments = [given[o] for o in use.operands]
-            pull_use = _conv.pull if _conv.applies(use) else Use.pull
+            pull_use = convolution.pull if convolution.applies(use) else Use.pull
             results = pull_use(use, arguments, traced.env, use_saved, use_cotangents)
             for operand, result in zip(use.operands, results, strict=True):
                 if operand in totals:
@@ -421,7 +422,7 @@ def _scan(
     size = 1 if on_cpu() else _divisor(traced.num_envs, elements // gradient)
     if size == 1:
         # Several in a row are added to the sums in one pass over these.
-        unroll = UNROLL if any(_conv.applies(use) for use in group.uses) else 1
+        unroll = UNROLL if any(convolution.applies(use) for use in group.uses) else 1
         return jax.lax.scan(one, zeros, inputs, unroll=unroll)[0]
     parts = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), inputs)
     return jax.lax.scan(several, zeros, parts)[0]

@@ -6,7 +6,12 @@ measures that for a network, `grid_inconsistency` on a slice, `quadratic_inconsi
 from Hessians, and `ilc` for a whole algorithm.
 """
 
-from hardvary._neighbourhood import (
+from hardvary.consistency.matrices import (
+    determinant_bound,
+    karcher_mean,
+    quadratic_inconsistency,
+)
+from hardvary.consistency.neighbourhood import (
     ILC,
     GridInconsistency,
     Inconsistency,
@@ -14,7 +19,6 @@ from hardvary._neighbourhood import (
     ilc,
     inconsistency,
 )
-from hardvary._spd import determinant_bound, karcher_mean, quadratic_inconsistency
 
 __all__ = [
     "ILC",

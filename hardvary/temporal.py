@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from hardvary import _validate
-from hardvary._statistics import sign_or_nan
+from hardvary._env_grads.statistics import sign_or_nan
 
 PyTree = Any
 

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _fused, _validate
-from hardvary._fused import Explanation
-from hardvary._statistics import (
+from hardvary import _validate
+from hardvary._env_grads.statistics import (
     FIELDS,
     AxisName,
     finalize,
@@ -23,6 +22,8 @@ from hardvary._statistics import (
     vary_like,
     zero_sum,
 )
+from hardvary.fused import grouping as _fused
+from hardvary.fused.grouping import Explanation
 
 PyTree = Any
 
