@@ -18,7 +18,7 @@ from hardvary.aggregators.geometric_mean import geometric_mean
 from hardvary.aggregators.masked import AggregatorState
 from hardvary.aggregators.sand_mask import sand_mask
 from hardvary.decay import add_l1_decay
-from hardvary.fused.grouping import Explanation, ParameterRule
+from hardvary.fused.explain import Explanation, ParameterRule
 from hardvary.temporal import (
     TemporalAndMaskState,
     temporal_and_mask,

@@ -23,7 +23,8 @@ from hardvary._env_grads.statistics import (
     zero_sum,
 )
 from hardvary.fused import grouping as _fused
-from hardvary.fused.grouping import Explanation
+from hardvary.fused.explain import Explanation, explanation
+from hardvary.fused.traced import Traced
 
 PyTree = Any
 
@@ -375,10 +376,8 @@ def explain(
 
     def rows(args: Any) -> None:
         problem = _Problem(loss_fn, argnums, has_aux, args, kwargs)
-        traced = _fused.Traced(
-            problem.loss, problem.params, problem.batch, env_axis_name
-        )
-        found.append(traced.explain())
+        traced = Traced(problem.loss, problem.params, problem.batch, env_axis_name)
+        found.append(explanation(traced))
 
     found: list[Explanation] = []
     jax.eval_shape(rows, args)
@@ -432,7 +431,7 @@ def _fused_sums(
     weights: jax.Array | None,
 ) -> Any:
     """As `_stacked_sums`, without stacking."""
-    traced = _fused.Traced(problem.loss, problem.params, batch, env_axis_name)
+    traced = Traced(problem.loss, problem.params, batch, env_axis_name)
     return _fused.sums(traced, stats, weights), (traced.losses, traced.aux)
 
 

@@ -33,7 +33,8 @@ from hardvary._env_grads.statistics import (
     zero_sum,
 )
 from hardvary.fused.rules import convolution
-from hardvary.fused.tracing import Env, Kind, Program, Use, Value, build, on_cpu
+from hardvary.fused.traced import Traced
+from hardvary.fused.tracing import Env, Program, Use, Value, on_cpu
 
 PyTree = Any
 
@@ -69,149 +70,6 @@ class Group:
     uses: list[Use]
     rule: str = ""
     reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterRule:
-    """How the fused oracle treats a parameter.
-
-    Attributes:
-      path: where the parameter is in the tree.
-      shape: its shape.
-      rule: `"product"`, `"lookup"`, `"stack"`, `"scan"` or `"unused"`.
-      reason: why this rule.
-      stacked_bytes: memory that the gradients of all environments would take.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    rule: str
-    reason: str
-    stacked_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What `explain` found; prints as a table.
-
-    Attributes:
-      parameters: a row for each parameter, in the order of the tree.
-    """
-
-    parameters: tuple[ParameterRule, ...]
-
-    def __str__(self) -> str:
-        rows = [("parameter", "shape", "rule", "reason", "stacked")]
-        rows += [
-            (
-                row.path,
-                "x".join(map(str, row.shape)) or "scalar",
-                row.rule,
-                row.reason,
-                f"{row.stacked_bytes / 2**20:.2g} MiB",
-            )
-            for row in self.parameters
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])])
-            for row in rows
-        )
-
-
-class Traced:
-    """What one forward and backward pass over all environments leaves behind."""
-
-    def __init__(
-        self,
-        loss_fn: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
-        params: PyTree,
-        batch: PyTree,
-        axis_name: str | None,
-    ) -> None:
-        self.leaves, self.tree = jax.tree.flatten(params)
-        shapes: list[Any] = []
-
-        def one(env_batch: PyTree) -> Any:
-            batch_leaves, batch_tree = jax.tree.flatten(env_batch)
-
-            def flat(leaves: list[Any], batch_leaves: list[Any]) -> Any:
-                output = loss_fn(
-                    jax.tree.unflatten(self.tree, leaves),
-                    jax.tree.unflatten(batch_tree, batch_leaves),
-                )
-                leaves, tree = jax.tree.flatten(output)
-                shapes.append(tree)
-                return leaves
-
-            closed = jax.make_jaxpr(flat)(self.leaves, batch_leaves)
-            _refuse_side_effects(closed.effects)
-            consts = [Value(jax.typeof(c), Kind.CONST) for c in closed.consts]
-            kinds = [Kind.PARAM] * len(self.leaves) + [Kind.BATCH] * len(batch_leaves)
-            self.program = program = build(closed.jaxpr, consts, kinds, (0,))
-            self.env = Env()
-            for value, result in zip(
-                [*consts, *program.inputs],
-                [*closed.consts, *self.leaves],
-                strict=False,
-            ):
-                self.env[value] = result
-            program.run_hoisted(self.env)
-
-            def loss(zeros: Any) -> Any:
-                inside = Env(self.env)
-                inputs = program.inputs[len(self.leaves) :]
-                for value, result in zip(inputs, batch_leaves, strict=True):
-                    inside[value] = result
-                saved = program.run(inside, zeros)
-                outputs = [inside[atom] for atom in program.outputs]
-                return jnp.asarray(outputs[0]), (outputs[1:], saved)
-
-            # Not jax.grad, which refuses the complex values that real parameters may
-            # turn into on the way.
-            output, vjp, (aux, saved) = jax.vjp(loss, program.zeros(), has_aux=True)
-            (cotangents,) = vjp(jnp.ones_like(output))
-            return [output, *aux], saved, cotangents
-
-        run = jax.vmap(one, axis_name=axis_name)
-        outputs, self.saved, self.cotangents = run(batch)
-        self.losses, self.aux = jax.tree.unflatten(shapes[-1], outputs)
-        self.num_envs = len(jax.tree.leaves(batch)[0])
-        self.groups = groups_of(self.program, len(self.leaves))
-
-    def explain(self) -> Explanation:
-        group_of = {i: group for group in self.groups for i in group.leaves}
-        paths = jax.tree.leaves_with_path(jax.tree.unflatten(self.tree, self.leaves))
-        return Explanation(
-            tuple(
-                ParameterRule(
-                    _validate.leaf_path(path),
-                    np.shape(leaf),
-                    group_of[i].rule,
-                    group_of[i].reason,
-                    self.num_envs
-                    * math.prod(np.shape(leaf))
-                    * jnp.result_type(leaf).itemsize,
-                )
-                for i, (path, leaf) in enumerate(paths)
-            )
-        )
-
-
-def _refuse_side_effects(effects: Any) -> None:
-    """Raises ValueError for what a loss must not do while it is differentiated.
-
-    Printing for debugging may stay, and a use of a mapped axis counts as an effect.
-    """
-    harmless = ("DebugEffect", "OrderedDebugEffect", "NamedAxisEffect")
-    harmful = sorted(
-        {str(effect) for effect in effects if type(effect).__name__ not in harmless}
-    )
-    if harmful:
-        raise ValueError(
-            f"loss_fn must not have side effects, got {', '.join(harmful)}: return the "
-            "value as aux (has_aux=True) and act on it outside"
-        )
 
 
 def groups_of(program: Program, num_leaves: int) -> list[Group]:
@@ -309,7 +167,7 @@ def sums(
     leaves: dict[str, list[Any]] = {
         name: [None] * len(traced.leaves) for name in statistics
     }
-    for group in traced.groups:
+    for group in groups_of(traced.program, len(traced.leaves)):
         results = _RULES[group.rule](traced, group, statistics, weights)
         for name in statistics:
             for i, leaf in zip(group.leaves, results[name], strict=True):

@@ -1,0 +1,80 @@
+"""How the fused oracle treats each parameter, as a table."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hardvary import _validate
+from hardvary.fused.grouping import groups_of
+from hardvary.fused.traced import Traced
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRule:
+    """How the fused oracle treats a parameter.
+
+    Attributes:
+      path: where the parameter is in the tree.
+      shape: its shape.
+      rule: `"product"`, `"lookup"`, `"stack"`, `"scan"` or `"unused"`.
+      reason: why this rule.
+      stacked_bytes: memory that the gradients of all environments would take.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rule: str
+    reason: str
+    stacked_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a table.
+
+    Attributes:
+      parameters: a row for each parameter, in the order of the tree.
+    """
+
+    parameters: tuple[ParameterRule, ...]
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "rule", "reason", "stacked")]
+        rows += [
+            (
+                row.path,
+                "x".join(map(str, row.shape)) or "scalar",
+                row.rule,
+                row.reason,
+                f"{row.stacked_bytes / 2**20:.2g} MiB",
+            )
+            for row in self.parameters
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])])
+            for row in rows
+        )
+
+
+def explanation(traced: Traced) -> Explanation:
+    groups = groups_of(traced.program, len(traced.leaves))
+    group_of = {i: group for group in groups for i in group.leaves}
+    paths = jax.tree.leaves_with_path(jax.tree.unflatten(traced.tree, traced.leaves))
+    return Explanation(
+        tuple(
+            ParameterRule(
+                _validate.leaf_path(path),
+                np.shape(leaf),
+                group_of[i].rule,
+                group_of[i].reason,
+                traced.num_envs
+                * math.prod(np.shape(leaf))
+                * jnp.result_type(leaf).itemsize,
+            )
+            for i, (path, leaf) in enumerate(paths)
+        )
+    )
