@@ -34,7 +34,7 @@ from hardvary._env_grads.statistics import (
 )
 from hardvary.fused.rules import convolution
 from hardvary.fused.traced import Traced
-from hardvary.fused.tracing import Env, Program, Use, Value, on_cpu
+from hardvary.fused.tracing import Bindings, Program, Use, Value, on_cpu
 
 PyTree = Any
 
@@ -202,7 +202,7 @@ def _pull(traced: Traced, group: Group) -> Callable[[Any, Any], list[jax.Array]]
     inputs = [program.inputs[i] for i in group.leaves]
 
     def determine(*leaves: Any) -> list[Any]:
-        inside = Env(traced.env)
+        inside = Bindings(traced.env)
         for value, leaf in zip(inputs, leaves, strict=True):
             inside[value] = leaf
         program.run_hoisted(inside, operands)
@@ -484,7 +484,7 @@ def _in_layout(traced: Traced, value: Value, leaf: int, total: jax.Array) -> jax
     steps, _ = program.needed([value])
 
     def rearrange(entries: jax.Array) -> jax.Array:
-        env = Env()
+        env = Bindings()
         env[source] = entries
         for step in steps:
             if step.eqn.primitive.name in CASTS:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hardvary.fused.tracing import Env, Kind, Value, build
+from hardvary.fused.tracing import Bindings, Kind, Value, build
 
 PyTree = Any
 
@@ -41,7 +41,7 @@ class Traced:
             consts = [Value(jax.typeof(c), Kind.CONST) for c in closed.consts]
             kinds = [Kind.PARAM] * len(self.leaves) + [Kind.BATCH] * len(batch_leaves)
             self.program = program = build(closed.jaxpr, consts, kinds, (0,))
-            self.env = Env()
+            self.env = Bindings()
             for value, result in zip(
                 [*consts, *program.inputs],
                 [*closed.consts, *self.leaves],
@@ -51,7 +51,7 @@ class Traced:
             program.run_hoisted(self.env)
 
             def loss(zeros: Any) -> Any:
-                inside = Env(self.env)
+                inside = Bindings(self.env)
                 inputs = program.inputs[len(self.leaves) :]
                 for value, result in zip(inputs, batch_leaves, strict=True):
                     inside[value] = result

@@ -42,10 +42,10 @@ class Value:
         return math.prod(self.aval.shape)
 
 
-class Env:
+class Bindings:
     """Values that have been computed, on top of those of an outer one."""
 
-    def __init__(self, outer: "Env | None" = None) -> None:
+    def __init__(self, outer: "Bindings | None" = None) -> None:
         self._own: dict[Value, Any] = {}
         self._outer = outer
 
@@ -69,7 +69,7 @@ class Step:
     inputs: Sequence[Atom]
     outputs: Sequence[Value]
 
-    def run(self, env: Env) -> None:
+    def run(self, env: Bindings) -> None:
         results = bind(self.eqn, [env[atom] for atom in self.inputs])
         for value, result in zip(self.outputs, results, strict=True):
             env[value] = result
@@ -93,7 +93,7 @@ class Use:
 
     primitive: str
     operands: tuple[Value, ...]
-    local: Callable[[Sequence[Any], Env, Any], list[Any]]
+    local: Callable[[Sequence[Any], Bindings, Any], list[Any]]
     eqn: Any = None
     side: int = -1
     steps: tuple[int, ...] = ()
@@ -107,7 +107,7 @@ class Use:
         return tree
 
     def pull(
-        self, operands: Sequence[Any], env: Env, saved: Any, cotangents: Any
+        self, operands: Sequence[Any], env: Bindings, saved: Any, cotangents: Any
     ) -> Any:
         """Cotangents of the operands, from those of the outputs; one environment."""
         _, vjp = jax.vjp(lambda *values: self.local(values, env, saved), *operands)
@@ -126,7 +126,7 @@ class Site(abc.ABC):
     def zeros(self) -> Any: ...
 
     @abc.abstractmethod
-    def run(self, env: Env, zeros: Any) -> Any:
+    def run(self, env: Bindings, zeros: Any) -> Any:
         """Computes the outputs into `env` and returns what the uses need saved."""
 
 
@@ -147,7 +147,7 @@ class Copy(Site):
     def zeros(self) -> Any:
         return [_zeros(self.value.aval)]
 
-    def run(self, env: Env, zeros: Any) -> Any:
+    def run(self, env: Bindings, zeros: Any) -> Any:
         env[self.output] = _plus(env[self.value], zeros[0])
         return []
 
@@ -161,7 +161,7 @@ class Operation(Site):
         self._saved = [i for i, atom in enumerate(inputs) if _is(atom, Kind.BATCH)]
         operands = tuple(inputs[i] for i in sides)
 
-        def local(values: Sequence[Any], env: Env, saved: Any) -> list[Any]:
+        def local(values: Sequence[Any], env: Bindings, saved: Any) -> list[Any]:
             arguments = [
                 None if i in sides or i in self._saved else env[atom]
                 for i, atom in enumerate(inputs)
@@ -193,7 +193,7 @@ class Operation(Site):
     def zeros(self) -> Any:
         return [_zeros(self.outputs[i].aval) for i in self._tagged]
 
-    def run(self, env: Env, zeros: Any) -> Any:
+    def run(self, env: Bindings, zeros: Any) -> Any:
         results = bind(self.eqn, [env[atom] for atom in self.inputs])
         for i, zero in zip(self._tagged, zeros, strict=True):
             results[i] = _plus(results[i], zero)
@@ -252,11 +252,11 @@ class Loop(Site):
         over_consts = [pair for pair in self._xs if _is(pair[0], Kind.CONST)]
         operands = tuple(dict.fromkeys(outer for _, outer in (*fixed, *over)))
 
-        def local(values: Sequence[Any], env: Env, saved: Any) -> list[Any]:
+        def local(values: Sequence[Any], env: Bindings, saved: Any) -> list[Any]:
             given = dict(zip(operands, values, strict=True))
 
             def one(slices: Any, const_slices: Any, saved_slice: Any) -> list[Any]:
-                inside = Env()
+                inside = Bindings()
                 for inner, outer in consts:
                     inside[inner] = env[outer]
                 for (inner, _), value in zip(over_consts, const_slices, strict=True):
@@ -291,12 +291,12 @@ class Loop(Site):
 
         return jax.tree.map(over_steps, [site.zeros() for site in self._body.sites])
 
-    def run(self, env: Env, zeros: Any) -> Any:
+    def run(self, env: Bindings, zeros: Any) -> Any:
         body, params = self._body, self._eqn.params
 
         def step(carry: Any, xs: Any) -> Any:
             slices, zeros = xs
-            inside = Env()
+            inside = Bindings()
             for inner, outer in self._fixed:
                 inside[inner] = env[outer]
             for (inner, _), value in zip(self._carry, carry, strict=True):
@@ -369,7 +369,7 @@ class Program:
         _, wanted = self.needed(targets)
         return [v for v in self.inputs if v in wanted and v.kind is Kind.PARAM]
 
-    def run_hoisted(self, env: Env, targets: Sequence[Atom] | None = None) -> None:
+    def run_hoisted(self, env: Bindings, targets: Sequence[Atom] | None = None) -> None:
         steps = self.hoisted if targets is None else self.needed(targets)[0]
         for step in steps:
             step.run(env)
@@ -377,7 +377,7 @@ class Program:
     def zeros(self) -> Any:
         return [site.zeros() for site in self.sites]
 
-    def run(self, env: Env, zeros: Any) -> Any:
+    def run(self, env: Bindings, zeros: Any) -> Any:
         """Computes all that depends on the batch and returns what uses need saved."""
         saved, zeros = [], iter(zeros)
         for step in self.steps:
@@ -539,7 +539,7 @@ class _Constant(Step):
         super().__init__(None, [], [value])
         self._const = const
 
-    def run(self, env: Env) -> None:
+    def run(self, env: Bindings) -> None:
         env[self.outputs[0]] = self._const
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import _validate
-from hardvary.fused.tracing import Env, Use
+from hardvary.fused.tracing import Bindings, Use
 
 
 def applies(use: Use) -> bool:
@@ -29,7 +29,7 @@ def applies(use: Use) -> bool:
 
 
 def pull(
-    use: Use, operands: Sequence[Any], env: Env, saved: Any, cotangents: Any
+    use: Use, operands: Sequence[Any], env: Bindings, saved: Any, cotangents: Any
 ) -> Any:
     """As `Use.pull`."""
     del env
