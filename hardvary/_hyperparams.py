@@ -1,0 +1,141 @@
+"""Hyperparameters as a number, a traced value, a schedule, or a tree of these.
+
+A threshold may differ from parameter to parameter and from step to step. Whatever takes
+one calls `check_unit_interval` at construction and `per_leaf` in its update. The count
+that schedules need is an int32 scalar of the state, `mask_count`: a second `count`
+would hide an optimizer's from `optax.tree.get(state, "count")`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from hardvary import _validate
+
+PyTree = Any
+
+_Path = tuple[Any, ...]
+
+
+def check_unit_interval(name: str, value: PyTree) -> None:
+    """Raises unless every number in `value` lies in [0, 1], as far as it is known.
+
+    Args:
+      name: the argument, for messages.
+      value: a scalar, a schedule or a tree of these. Traced values and what
+        schedules return are not known yet and pass.
+
+    Raises:
+      TypeError: a leaf that is neither a real scalar nor callable; None.
+      ValueError: a number outside [0, 1], or NaN.
+    """
+    if value is None:
+        _real_scalar(name, value)
+    for path, leaf in jax.tree.leaves_with_path(value, is_leaf=_is_schedule):
+        if _is_schedule(leaf):
+            continue
+        where = name + jax.tree_util.keystr(path)
+        _real_scalar(where, leaf)
+        number = _validate.concrete_value(leaf)
+        if number is not None and not 0.0 <= number <= 1.0:
+            raise ValueError(
+                f"{where} must lie in [0, 1] (0 keeps every component, 1 asks for "
+                f"unanimity), got {number}"
+            )
+
+
+def is_scheduled(value: PyTree) -> bool:
+    """Whether `value` is a schedule or a tree with one in it."""
+    return any(map(_is_schedule, jax.tree.leaves(value, is_leaf=_is_schedule)))
+
+
+def per_leaf(
+    name: str,
+    value: PyTree,
+    tree: PyTree,
+    count: jax.typing.ArrayLike,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> list[jax.typing.ArrayLike]:
+    """Returns a number for every leaf of `tree`, in the order of `jax.tree.leaves`.
+
+    Args:
+      name: the argument, for messages.
+      value: a scalar, a schedule or a tree of these.
+      tree: shaped like params. Parts of it without leaves, such as None or an
+        `optax.MaskedNode`, fit whatever stands there in `value`.
+      count: number of updates so far, handed to schedules.
+      is_leaf: which nodes of `tree` are leaves, as in `jax.tree.leaves`.
+
+    Raises:
+      TypeError: a schedule that returned no real scalar.
+      ValueError: `value` is no prefix of `tree`; names the first path.
+    """
+    result: list[jax.typing.ArrayLike] = []
+
+    def visit(value: Any, tree: Any, path: _Path) -> None:
+        size = len(jax.tree.leaves(tree, is_leaf=is_leaf))
+        if size == 0:
+            return
+        if _is_leaf(value):
+            if _is_schedule(value):
+                value = value(count)
+                where = name + jax.tree_util.keystr(path)
+                _validate.scalar(
+                    f"what the schedule {where} returns", value, rule="in [0, 1]"
+                )
+            result.extend([value] * size)
+            return
+        ends = _is_leaf(tree) or (is_leaf is not None and is_leaf(tree))
+        if ends or _node(value) != _node(tree):
+            raise ValueError(
+                f"{name} must be a number, a schedule, or a tree of these that is a "
+                f"prefix of params; {_difference(value, tree, path, ends)}. Make it "
+                "from params with jax.tree_util.tree_map_with_path, or put one number "
+                "where all leaves below are to share it"
+            )
+        children = zip(_children(value), _children(tree), strict=True)
+        for (key, below), (_, part) in children:
+            visit(below, part, path + key)
+
+    visit(value, tree, ())
+    return result
+
+
+def _real_scalar(name: str, value: Any) -> None:
+    _validate.scalar(
+        name, value, rule="in [0, 1], a schedule, or a tree prefix of params with these"
+    )
+
+
+def _is_schedule(value: Any) -> bool:
+    # Equinox models are callable trees, and what jax.tree.map makes of one as well.
+    return callable(value) and (
+        isinstance(value, jax.tree_util.Partial) or _is_leaf(value)
+    )
+
+
+def _is_leaf(value: Any) -> bool:
+    return jax.tree_util.all_leaves([value]) or isinstance(value, jax.tree_util.Partial)
+
+
+def _children(node: Any) -> list[tuple[_Path, Any]]:
+    return jax.tree.leaves_with_path(node, is_leaf=lambda part: part is not node)
+
+
+def _node(node: Any) -> Any:
+    return jax.tree.structure(node, is_leaf=lambda part: part is not node)
+
+
+def _difference(value: Any, tree: Any, path: _Path, ends: bool) -> str:
+    if not ends and type(value) is type(tree):
+        has, wanted = ([key for key, _ in _children(node)] for node in (value, tree))
+        for key in wanted:
+            if key not in has:
+                return f"it has nothing at {_validate.leaf_path(path + key)}"
+        for key in has:
+            if key not in wanted:
+                return f"params have nothing at {_validate.leaf_path(path + key)}"
+    expected = "a leaf" if ends else f"a {type(tree).__name__}"
+    found = "None" if value is None else f"a {type(value).__name__}"
+    return f"at {_validate.leaf_path(path)} it has {found} where params have {expected}"
