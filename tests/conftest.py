@@ -7,7 +7,7 @@ import hypothesis
 import jax
 import pytest
 
-HERE = pathlib.Path(__file__).parent
+EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 
 # Before anything uses a device: the number is fixed by then.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -26,7 +26,7 @@ def strict_jax(request):
     Not in tests/experiments: the libraries underneath promote in places.
     """
     with contextlib.ExitStack() as stack:
-        if request.path.parent == HERE:
+        if EXPERIMENTS not in request.path.parents:
             stack.enter_context(jax.numpy_dtype_promotion("strict"))
             stack.enter_context(jax.numpy_rank_promotion("raise"))
         yield

@@ -17,7 +17,7 @@ from hardvary.fused import tracing as _trace
 from tests._asserts import assert_trees_close
 from tests._inputs import STATISTICS
 from tests._zoo import ZOO
-from tests.test_fused_zoo import build, check, run_oracle
+from tests.fused.test_zoo import build, check, run_oracle
 
 NUM_ENVS = 6
 

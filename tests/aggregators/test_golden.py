@@ -13,7 +13,7 @@ import pytest
 
 import hardvary
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "and_mask.npz")
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "and_mask.npz")
 NUM_PARAMS = sum(key.startswith("param_") for key in GOLDEN.files)
 AGGREGATORS = {"and_mask": hardvary.and_mask, "geom_mean": hardvary.geometric_mean}
 THRESHOLDS = ("0.0", "0.2", "0.5", "0.6", "0.8", "1.0")
