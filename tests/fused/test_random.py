@@ -12,7 +12,7 @@ from jax import lax
 
 import hardvary
 from tests._inputs import STATISTICS, weights_for
-from tests._zoo import Stacked, assert_stats_match, compile_quickly, conv, poison
+from tests.zoo import Stacked, assert_stats_match, compile_quickly, conv, poison
 
 METHOD = "fused"
 WIDTHS = st.sampled_from([1, 2, 3, 4])

@@ -8,7 +8,7 @@ import pytest
 
 import hardvary
 from tests._inputs import STATISTICS
-from tests._zoo import ZOO, Stacked, assert_stats_match, compile_quickly, poison
+from tests.zoo import ZOO, Stacked, assert_stats_match, compile_quickly, poison
 
 METHOD = "fused"
 WEIGHTS = np.array([1.0, 2.0, 0.0, 0.5, 1.0, 3.0], np.float32)
