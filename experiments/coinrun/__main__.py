@@ -5,29 +5,27 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from experiments.coinrun.config import (
+from experiments.coinrun.expert.config import (
     EVALUATE_PRESETS,
     EXPERT_PRESETS,
     EvaluateConfig,
     ExpertConfig,
-)
-from experiments.coinrun.options import (
-    DataOptions,
     ExpertFileOptions,
-    PlayOptions,
-    RerunOptions,
-    SearchOptions,
 )
-from experiments.coinrun.student_config import (
+from experiments.coinrun.student.config import (
     DATASET_PRESETS,
     PLAY_PRESETS,
     RERUN_PRESETS,
     SEARCH_PRESETS,
     TRAIN_PRESETS,
+    DataOptions,
     DatasetConfig,
     PlayConfig,
+    PlayOptions,
     RerunConfig,
+    RerunOptions,
     SearchConfig,
+    SearchOptions,
     TrainConfig,
 )
 from experiments.common.cli import Command, Group, Invocation, RunOptions, main
@@ -37,51 +35,51 @@ from experiments.common.cli import Command, Group, Invocation, RunOptions, main
 
 def expert(call: Invocation[ExpertConfig, RunOptions]) -> None:
     """Train an expert by PPO and compare it with simpler policies on unseen levels."""
-    from experiments.coinrun import commands
+    from experiments.coinrun.expert import commands
 
     commands.expert(call)
 
 
 def evaluate(call: Invocation[EvaluateConfig, ExpertFileOptions]) -> None:
     """Compare a saved expert with simpler policies on unseen levels."""
-    from experiments.coinrun import commands
+    from experiments.coinrun.expert import commands
 
     commands.evaluate_expert(call)
 
 
 def dataset(call: Invocation[DatasetConfig, ExpertFileOptions]) -> None:
     """Collect states and the expert's action probabilities from its own episodes."""
-    from experiments.coinrun import student_commands
+    from experiments.coinrun.student import commands
 
-    student_commands.dataset(call)
+    commands.dataset(call)
 
 
 def train(call: Invocation[TrainConfig, DataOptions]) -> None:
     """Train one student to imitate the expert."""
-    from experiments.coinrun import student_commands
+    from experiments.coinrun.student import commands
 
-    student_commands.train(call)
+    commands.train(call)
 
 
 def play(call: Invocation[PlayConfig, PlayOptions]) -> None:
     """Let a trained student and the expert play the same unseen levels."""
-    from experiments.coinrun import student_commands
+    from experiments.coinrun.student import commands
 
-    student_commands.play(call)
+    commands.play(call)
 
 
 def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
     """Search the settings of both optimizers; table 3, figure 18 and the ten best."""
-    from experiments.coinrun import student_commands
+    from experiments.coinrun.student import commands
 
-    student_commands.search(call)
+    commands.search(call)
 
 
 def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
     """Train the best settings of a search again, with seeds that it has not seen."""
-    from experiments.coinrun import student_rerun
+    from experiments.coinrun.student.rerun import rerun as run
 
-    student_rerun.rerun(call)
+    run(call)
 
 
 COMMANDS: dict[str, Command[Any, Any] | Group] = {

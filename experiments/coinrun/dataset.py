@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.coinrun.actors import Probabilities, draw_actions
-from experiments.coinrun.game import Choose, Episode, Turn
-from experiments.coinrun.student_config import (
+from experiments.coinrun.expert.actors import Probabilities, draw_actions
+from experiments.coinrun.game import NUM_ACTIONS, Choose, Episode, Turn
+from experiments.coinrun.student.config import (
     DATASET_PRESETS,
-    NUM_ACTIONS,
     DatasetConfig,
     Source,
 )

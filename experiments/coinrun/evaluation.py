@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.coinrun.actors import (
+from experiments.coinrun.expert.actors import (
     Probabilities,
     greedy,
     random_policy,
     sampled,
     scripted_policy,
 )
-from experiments.coinrun.config import GameMode
-from experiments.coinrun.game import Choose, Episode, play
+from experiments.coinrun.game import Choose, Episode, GameMode, play
 
 POLICIES = ("sampled", "greedy", "scripted", "random")
 

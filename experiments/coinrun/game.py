@@ -13,12 +13,13 @@ import functools
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.coinrun.config import GameMode
 from experiments.common.run_dir import RunDirError
+
+GameMode = Literal["easy", "hard"]
 
 FRAME = (64, 64, 3)
 REWARD = 10.0
@@ -44,6 +45,7 @@ ACTIONS = (
     "q",
     "e",
 )
+NUM_ACTIONS = len(ACTIONS)
 RIGHT = ACTIONS.index("right")
 RIGHT_UP = ACTIONS.index("right+up")
 
@@ -113,7 +115,7 @@ class LevelStream:
     """Environments that go from one level of a range to another, at random, forever.
 
     Args:
-      environments: how many, n.
+      num_envs: how many games, n.
       mode: easy or hard.
       levels: range of seeds from which levels are drawn.
       seed: what is drawn depends on it alone.
@@ -122,17 +124,17 @@ class LevelStream:
       GameError: the game is not installed.
     """
 
-    def __init__(self, environments: int, mode: GameMode, levels: range, seed: int):
+    def __init__(self, num_envs: int, mode: GameMode, levels: range, seed: int):
         if not 0 <= levels.start < levels.stop <= 2**31 - 1 or levels.step != 1:
             raise ValueError(
                 f"levels must be a range without gaps in [0, 2**31 - 1), got {levels!r}"
             )
-        self.environments = environments
+        self.num_envs = num_envs
         with warnings.catch_warnings():
             # gym3 leaves some conversions of types to NumPy.
             warnings.simplefilter("ignore")
             self._games = _library()(
-                num=environments,
+                num=num_envs,
                 env_name="coinrun",
                 distribution_mode=mode,
                 start_level=levels.start,
@@ -152,10 +154,9 @@ class LevelStream:
         Args:
           actions: int [n], indices in `ACTIONS`.
         """
-        if actions.shape != (self.environments,):
+        if actions.shape != (self.num_envs,):
             raise ValueError(
-                f"actions must have the shape ({self.environments},), got "
-                f"{actions.shape}"
+                f"actions must have the shape ({self.num_envs},), got {actions.shape}"
             )
         if actions.min() < 0 or actions.max() >= len(ACTIONS):
             raise ValueError(f"actions must be in [0, {len(ACTIONS)}), got {actions}")
@@ -167,7 +168,7 @@ class LevelStream:
 
     def save(self) -> SavedGames:
         """All that the games depend on, the observation included."""
-        data = np.zeros((self.environments, STATE_BYTES), np.uint8)
+        data = np.zeros((self.num_envs, STATE_BYTES), np.uint8)
         states = self._games.get_state()
         for row, state in zip(data, states, strict=True):
             if len(state) > STATE_BYTES:

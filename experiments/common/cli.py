@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ import tyro
 
 from experiments.common.choices import Preset as Preset
 from experiments.common.run_dir import RunDir, RunDirError
+from experiments.common.settings import load_settings
 from experiments.common.validation import require
 
 DEFAULT_PRESET: Preset = "cpu"
@@ -216,54 +216,6 @@ def _find_settings(
     if source is None or command is None:
         return {}
     return load_settings(source, command.configs[preset])
-
-
-def load_settings(source: str, config: Any) -> dict[str, Any]:
-    """Values for some of the fields of `config`, from a JSON file.
-
-    Args:
-      source: the file, or FILE:KEY for the object under that key.
-      config: dataclass that the settings are for.
-
-    Raises:
-      ValueError: there is no such file, key or field.
-    """
-    path, key = source, ""
-    if not Path(source).is_file() and ":" in source:
-        path, _, key = source.rpartition(":")
-    try:
-        settings: Any = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"settings {path!r} cannot be read: {error}") from None
-    if key:
-        if not isinstance(settings, dict) or key not in settings:
-            raise ValueError(f"settings {path!r} has no {key!r}")
-        settings = settings[key]
-    if not isinstance(settings, dict):
-        raise ValueError(f"settings {source!r} must be a JSON object, got {settings!r}")
-    defaults = vars(config)
-    if unknown := sorted(settings.keys() - defaults.keys()):
-        raise ValueError(
-            f"settings {source!r} has {', '.join(unknown)}, which this command does "
-            f"not know{'' if key else '; FILE:KEY picks a part of the file'}"
-        )
-    return {
-        name: _as_type_of(defaults[name], value, f"settings {source!r}: {name}")
-        for name, value in settings.items()
-    }
-
-
-def _as_type_of(default: Any, value: Any, what: str) -> Any:
-    """`value` from JSON, if the field that has this default takes it."""
-    if default is None or value is None:  # what an optional field takes, it checks
-        return value
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(default):
-        raise ValueError(f"{what} must be {type(default).__name__}, got {value!r}")
-    return value
 
 
 def _parser(

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from experiments.common.files import atomic_write, remove_temporaries, write_json
 from experiments.common.manifest import describe_environment
+from experiments.common.settings import with_present_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +133,11 @@ class RunDir:
         identity = {"experiment": experiment, "config": dict(fields)}
         identity = json.loads(json.dumps(identity))
         held = _read_identity(self.path)
+        written = held
         if held is not None:
+            if held["config"] is not None:
+                present = with_present_names(held["config"], config)
+                held = {**held, "config": present}
             same = held["experiment"] == experiment
             open_to_any = overwrite or held["config"] is None
             if not same or (held != identity and not open_to_any):
@@ -140,7 +145,7 @@ class RunDir:
             if overwrite:
                 self._discard(outputs, parts)
         remove_temporaries(self.path)
-        if held != identity:
+        if written != identity:
             write_json(self.path / CONFIG, identity)
 
     def _discard(self, outputs: Sequence[str], parts: str | None) -> None:

@@ -19,7 +19,6 @@ from experiments.common.cli import (
     RunOptions,
     WorkerOptions,
     announce,
-    load_settings,
 )
 from experiments.common.figures import (
     Drawings,
@@ -32,6 +31,7 @@ from experiments.common.files import write_json
 from experiments.common.pool import run_jobs
 from experiments.common.run_dir import METRICS as METRICS_FILE
 from experiments.common.run_dir import RunDir, RunDirError
+from experiments.common.settings import load_settings
 from experiments.synthetic.config import (
     PRESETS,
     CompareConfig,

@@ -21,11 +21,11 @@ from experiments.coinrun.dataset import (
     open_dataset,
     save,
 )
-from experiments.coinrun.expert import Expert, save_expert
+from experiments.coinrun.expert.policy import Architecture, init_params
+from experiments.coinrun.expert.saved import Expert, save_expert
 from experiments.coinrun.game import Episode, Turn, play
-from experiments.coinrun.policy import Architecture, init_params
-from experiments.coinrun.student_commands import levels_of
-from experiments.coinrun.student_config import DATASET_PRESETS, DatasetConfig
+from experiments.coinrun.student.commands import levels_of
+from experiments.coinrun.student.config import DATASET_PRESETS, DatasetConfig
 from experiments.common.cli import main
 from tests.experiments._game import needs_game
 

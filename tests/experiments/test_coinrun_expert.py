@@ -15,15 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments.coinrun import ppo, training
 from experiments.coinrun.__main__ import COMMANDS
-from experiments.coinrun.actors import random_policy, sampled, scripted_policy
-from experiments.coinrun.config import (
-    EVALUATE_PRESETS,
-    EXPERT_PRESETS,
-    EvaluateConfig,
-    ExpertConfig,
-)
 from experiments.coinrun.evaluation import (
     POLICIES,
     evaluate,
@@ -33,13 +25,23 @@ from experiments.coinrun.evaluation import (
     summarize,
     summarize_all,
 )
-from experiments.coinrun.expert import (
+from experiments.coinrun.expert import ppo, training
+from experiments.coinrun.expert.actors import random_policy, sampled, scripted_policy
+from experiments.coinrun.expert.config import (
+    EVALUATE_PRESETS,
+    EXPERT_PRESETS,
+    EvaluateConfig,
+    ExpertConfig,
+)
+from experiments.coinrun.expert.figures import draw_learning_curve
+from experiments.coinrun.expert.policy import Architecture, init_params, make_apply
+from experiments.coinrun.expert.saved import (
     Expert,
     ExpertError,
     load_expert,
     save_expert,
 )
-from experiments.coinrun.figures import draw_learning_curve
+from experiments.coinrun.expert.training import Trainer
 from experiments.coinrun.game import (
     ACTIONS,
     EVALUATION_LEVELS,
@@ -52,9 +54,8 @@ from experiments.coinrun.game import (
     Turn,
     play,
 )
-from experiments.coinrun.policy import Architecture, init_params, make_apply
-from experiments.coinrun.training import Trainer
 from experiments.common.cli import main
+from experiments.common.settings import load_settings
 from tests._asserts import assert_trees_equal
 from tests.experiments._game import needs_game
 from tests.experiments.conftest import ROOT
@@ -357,16 +358,16 @@ class ScriptedStream:
     An episode ends at every third step of the first environment, with a coin.
     """
 
-    def __init__(self, environments, mode, levels, seed):
-        self.environments, self.step, self.taken = environments, 0, []
+    def __init__(self, num_envs, mode, levels, seed):
+        self.num_envs, self.step, self.taken = num_envs, 0, []
         self.first_level = seed % 251
 
     def observe(self):
-        frames = np.zeros((self.environments, *FRAME), np.uint8)
+        frames = np.zeros((self.num_envs, *FRAME), np.uint8)
         frames[..., 0] = self.first_level
-        frames[..., 1] = np.arange(self.environments)[:, None, None]
+        frames[..., 1] = np.arange(self.num_envs)[:, None, None]
         frames[..., 2] = self.step
-        first = np.zeros(self.environments, bool)
+        first = np.zeros(self.num_envs, bool)
         first[0] = self.step > 0 and self.step % 3 == 0
         return Observation(REWARD * first.astype(np.float32), frames, first)
 
@@ -390,10 +391,10 @@ def test_trainer_learns_from_what_was_seen_done_and_got(monkeypatch):
         rollouts, after = trainer._play(state.params, jax.random.key(0), state.steps)
         samples = trainer._samples(rollouts)
         streams = trainer._streams
-    shape = (config.steps, config.environments // config.workers)
+    shape = (config.num_steps, config.num_envs // config.workers)
     assert len({stream.first_level for stream in streams}) == config.workers
-    ended = np.zeros(shape, bool)
-    ended[2::3, 0] = True
+    done = np.zeros(shape, bool)
+    done[2::3, 0] = True
     advantages = []
     for stream, rollout in zip(streams, rollouts, strict=True):
         assert (rollout.frames[..., 0] == stream.first_level).all()
@@ -401,8 +402,8 @@ def test_trainer_learns_from_what_was_seen_done_and_got(monkeypatch):
         assert (rollout.frames[:, :, 0, 0, 1] == environments).all()
         assert (rollout.frames[:, :, 0, 0, 2] == steps).all()
         np.testing.assert_array_equal(rollout.actions, stream.taken)
-        np.testing.assert_array_equal(rollout.ended, ended)
-        np.testing.assert_array_equal(rollout.rewards, ended)
+        np.testing.assert_array_equal(rollout.done, done)
+        np.testing.assert_array_equal(rollout.rewards, done)
         output = apply(state.params, rollout.frames.reshape(-1, *FRAME))
         logs = jax.nn.log_softmax(output.logits)
         taken = np.asarray(logs)[np.arange(len(logs)), rollout.actions.reshape(-1)]
@@ -410,15 +411,15 @@ def test_trainer_learns_from_what_was_seen_done_and_got(monkeypatch):
         close(rollout.log_probs.reshape(-1), taken)
         close(rollout.values.reshape(-1), output.values)
         close(rollout.last_values, apply(state.params, stream.observe().frames).values)
-        assert rollout.episode_steps == [3] * int(ended.sum())
+        assert rollout.episode_steps == [3] * int(done.sum())
         advantages.append(
             ppo.advantages_and_returns(
                 rollout.rewards,
-                rollout.ended,
+                rollout.done,
                 rollout.values,
                 rollout.last_values,
-                config.discount,
-                config.gae_decay,
+                config.gamma,
+                config.gae_lambda,
             )
         )
     for worker, sample in enumerate(samples):
@@ -428,8 +429,8 @@ def test_trainer_learns_from_what_was_seen_done_and_got(monkeypatch):
         close(sample.advantages, np.reshape(normal, -1), rtol=1e-3, atol=1e-4)
         close(sample.returns, np.reshape(returns, -1))
         close(sample.actions, rollouts[worker].actions.reshape(-1))
-    expected = np.full(shape[1], config.steps)
-    expected[0] = config.steps % 3
+    expected = np.full(shape[1], config.num_steps)
+    expected[0] = config.num_steps % 3
     for steps in after:
         np.testing.assert_array_equal(steps, expected)
 
@@ -461,19 +462,35 @@ def test_paper_preset_is_the_papers_expert():
     ("changes", "message"),
     [
         ({"mode": "medium"}, "mode must be one of easy, hard, got 'medium'"),
-        ({"environments": 127}, "environments must be a multiple of workers"),
+        ({"num_envs": 127}, "num_envs must be a multiple of workers"),
         ({"minibatch_size": 1000}, "minibatch_size must be a multiple of 64 for each"),
-        ({"minibatch_size": 3072}, "minibatch_size must be a divisor of environments"),
+        ({"minibatch_size": 3072}, "minibatch_size must be a divisor of num_envs"),
         ({"frames": 1_000_000}, "frames must be a positive multiple of a block's"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"evaluation_levels": 1}, "evaluation_levels must be between 2 and 10000"),
         ({"seed": -1}, "seed must be between 0"),
-        ({"clip": -1.0}, "clip must be positive"),
+        ({"clip_eps": -1.0}, "clip_eps must be positive"),
     ],
 )
 def test_expert_config_invalid_value_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ExpertConfig(**changes)
+
+
+def test_settings_of_an_expert_are_read_under_their_former_names(tmp_path):
+    former = {"discount": 0.9, "steps": 32, "environments": 64, "clip": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps({"config": former}))
+    source = f"{tmp_path / 'config.json'}:config"
+    settings = load_settings(source, ExpertConfig())
+    assert settings == {
+        "gamma": 0.9,
+        "num_steps": 32,
+        "num_envs": 64,
+        "clip_eps": 0.1,
+    }
+    present = {field.name for field in dataclasses.fields(ExpertConfig)}
+    assert set(ExpertConfig.FORMER_NAMES.values()) <= present
+    assert not set(ExpertConfig.FORMER_NAMES) & present
 
 
 def test_evaluate_config_invalid_value_is_refused():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.coinrun import game
-from experiments.coinrun.config import MOST_EVALUATED
+from experiments.coinrun.expert.config import MOST_EVALUATED
 from experiments.coinrun.game import (
     ACTIONS,
     EVALUATION_LEVELS,
@@ -86,7 +86,7 @@ def drive(stream, steps, seed):
     rng = np.random.default_rng(seed)
     seen = []
     for _ in range(steps):
-        stream.act(np.where(rng.random(stream.environments) < 0.7, RIGHT_UP, 7))
+        stream.act(np.where(rng.random(stream.num_envs) < 0.7, RIGHT_UP, 7))
         seen.append((*stream.observe(), stream.levels()))
     return [np.stack(each) for each in zip(*seen, strict=True)]
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.coinrun import ppo
-from experiments.coinrun.config import PpoConfig
-from experiments.coinrun.policy import (
+from experiments.coinrun.expert import ppo
+from experiments.coinrun.expert.config import PpoConfig
+from experiments.coinrun.expert.policy import (
     Architecture,
     Output,
     convolve,
@@ -21,25 +21,25 @@ from experiments.coinrun.policy import (
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIG = PpoConfig(clip=0.2, value_weight=0.7, entropy_weight=0.03)
+CONFIG = PpoConfig(clip_eps=0.2, vf_coef=0.7, ent_coef=0.03)
 
 
 def test_advantages_and_returns_are_those_of_a_loop():
     rng = np.random.default_rng(0)
-    steps, environments, discount, decay = 9, 5, 0.9, 0.8
-    rewards, values = rng.normal(size=(2, steps, environments)).astype(np.float32)
-    last = rng.normal(size=environments).astype(np.float32)
-    ended = rng.random((steps, environments)) < 0.3
+    steps, num_envs, gamma, gae_lambda = 9, 5, 0.9, 0.8
+    rewards, values = rng.normal(size=(2, steps, num_envs)).astype(np.float32)
+    last = rng.normal(size=num_envs).astype(np.float32)
+    done = rng.random((steps, num_envs)) < 0.3
     advantages, returns = jax.jit(ppo.advantages_and_returns)(
-        rewards, ended, values, last, discount, decay
+        rewards, done, values, last, gamma, gae_lambda
     )
-    for environment in range(environments):
-        later, after = 0.0, float(last[environment])
+    for env in range(num_envs):
+        later, after = 0.0, float(last[env])
         for step in reversed(range(steps)):
-            at = step, environment
-            going = 0.0 if ended[at] else 1.0
-            delta = rewards[at] + discount * going * after - values[at]
-            later = delta + discount * decay * going * later
+            at = step, env
+            going = 0.0 if done[at] else 1.0
+            delta = rewards[at] + gamma * going * after - values[at]
+            later = delta + gamma * gae_lambda * going * later
             np.testing.assert_allclose(advantages[at], later, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(
                 returns[at], later + values[at], rtol=1e-4, atol=1e-6
@@ -55,7 +55,7 @@ def test_advantages_of_one_ended_step_is_reward_less_value():
     assert (advantages.item(), returns.item()) == (1.0, 3.0)
 
 
-def test_normalize_has_mean_0_and_deviation_1_and_takes_constants():
+def test_normalize_has_mean_0_and_std_1_and_takes_constants():
     values = ppo.normalize(jnp.array([[1.0, 2.0], [4.0, 9.0]]))
     np.testing.assert_allclose(values.mean(), 0, atol=1e-6)
     np.testing.assert_allclose(values.std(), 1, rtol=1e-5)
@@ -148,7 +148,7 @@ def test_loss_clipped_value_moves_only_back(value, gain, moves):
 
 
 def test_step_long_gradient_is_shortened():
-    config = dataclasses.replace(CONFIG, max_gradient_norm=0.5)
+    config = dataclasses.replace(CONFIG, max_grad_norm=0.5)
     optimizer = ppo.make_optimizer(config)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
     long = {"a": jnp.array([30.0, 0.0]), "b": jnp.array([0.0, 40.0, 0.0])}
@@ -172,11 +172,11 @@ def test_learning_rate_falls_linearly():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"discount": 1.1}, r"discount must be in \[0, 1\], got 1.1"),
-        ({"clip": 0.0}, "clip must be positive and finite"),
-        ({"entropy_weight": -0.1}, "entropy_weight must be non-negative"),
+        ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got 1.1"),
+        ({"clip_eps": 0.0}, "clip_eps must be positive and finite"),
+        ({"ent_coef": -0.1}, "ent_coef must be non-negative"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
-        ({"passes": 0}, "passes must be at least 1"),
+        ({"update_epochs": 0}, "update_epochs must be at least 1"),
     ],
 )
 def test_ppo_config_invalid_value_is_refused(changes, message):

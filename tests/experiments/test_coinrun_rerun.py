@@ -9,14 +9,14 @@ import pytest
 from matplotlib.image import imread
 
 from experiments.coinrun.__main__ import COMMANDS
-from experiments.coinrun.student_config import (
+from experiments.coinrun.student.config import (
     METHODS,
     RERUN_PRESETS,
     RerunConfig,
     TrainConfig,
     shared_settings,
 )
-from experiments.coinrun.student_rerun import load_selected, summarize, train_configs
+from experiments.coinrun.student.rerun import load_selected, summarize, train_configs
 from experiments.common.cli import main
 from experiments.common.run_dir import RunDirError
 

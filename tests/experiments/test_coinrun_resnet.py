@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.coinrun import resnet
-from experiments.coinrun.resnet import (
+from experiments.coinrun.student import resnet
+from experiments.coinrun.student.resnet import (
     Architecture,
     Variables,
     init_variables,

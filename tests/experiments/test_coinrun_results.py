@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 
 from experiments.coinrun.evaluation import summarize_all
-from experiments.coinrun.expert import load_expert
+from experiments.coinrun.expert.config import EXPERT
+from experiments.coinrun.expert.saved import load_expert
 from experiments.coinrun.game import (
     EVALUATION_LEVELS,
     STUDENT_TEST_LEVELS,
     STUDENT_TRAIN_LEVELS,
     Episode,
 )
-from experiments.coinrun.options import EXPERT
-from experiments.coinrun.student_commands import DRAWINGS
-from experiments.coinrun.student_config import (
+from experiments.coinrun.student.commands import DRAWINGS
+from experiments.coinrun.student.config import (
     METHODS,
     RERUN_PRESETS,
     SEARCH_PRESETS,
     TrainConfig,
 )
-from experiments.coinrun.student_rerun import DRAWINGS as RERUN_DRAWINGS
-from experiments.coinrun.student_rerun import load_selected
-from experiments.coinrun.student_search import bootstrap
+from experiments.coinrun.student.rerun import DRAWINGS as RERUN_DRAWINGS
+from experiments.coinrun.student.rerun import load_selected
+from experiments.coinrun.student.search import bootstrap
 from experiments.common.figures import read_table
 from experiments.common.files import file_sha256
 from tests.experiments.conftest import ROOT

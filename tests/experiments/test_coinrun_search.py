@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments.coinrun import student_search
 from experiments.coinrun.__main__ import COMMANDS
-from experiments.coinrun.student_config import (
+from experiments.coinrun.student import search as student_search
+from experiments.coinrun.student.config import (
     METHODS,
     SEARCH_PRESETS,
     TrainConfig,
 )
-from experiments.coinrun.student_search import (
+from experiments.coinrun.student.search import (
     RANGES,
     WORST_KL,
     Objective,

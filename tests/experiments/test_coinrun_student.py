@@ -13,14 +13,29 @@ import pytest
 from PIL import Image
 
 import hardvary
-from experiments.coinrun import student
 from experiments.coinrun.__main__ import COMMANDS
 from experiments.coinrun.dataset import DataError, Dataset, States, generate
-from experiments.coinrun.expert import Expert, save_expert
+from experiments.coinrun.expert.policy import Architecture, init_params
+from experiments.coinrun.expert.saved import Expert, save_expert
 from experiments.coinrun.game import EVALUATION_LEVELS, Turn
-from experiments.coinrun.policy import Architecture, init_params
-from experiments.coinrun.resnet import Variables, make_apply, make_train_apply
-from experiments.coinrun.student import (
+from experiments.coinrun.student import training as student
+from experiments.coinrun.student.commands import (
+    Recorder,
+    format_training,
+    load_student,
+)
+from experiments.coinrun.student.config import (
+    DATASET_PRESETS,
+    PLAY_PRESETS,
+    SEARCH_PRESETS,
+    TRAIN_PRESETS,
+    PlayConfig,
+    SearchConfig,
+    Settings,
+    TrainConfig,
+)
+from experiments.coinrun.student.resnet import Variables, make_apply, make_train_apply
+from experiments.coinrun.student.training import (
     METRICS,
     Rates,
     constant_kl,
@@ -33,21 +48,6 @@ from experiments.coinrun.student import (
     on_device,
     rates_at,
     train,
-)
-from experiments.coinrun.student_commands import (
-    Recorder,
-    format_training,
-    load_student,
-)
-from experiments.coinrun.student_config import (
-    DATASET_PRESETS,
-    PLAY_PRESETS,
-    SEARCH_PRESETS,
-    TRAIN_PRESETS,
-    PlayConfig,
-    SearchConfig,
-    Settings,
-    TrainConfig,
 )
 from experiments.common.cli import main
 from experiments.common.run_dir import RunDir

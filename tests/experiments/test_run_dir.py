@@ -1,8 +1,10 @@
+import dataclasses
 import errno
 import json
 import os
 import pathlib
 import subprocess
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -91,6 +93,28 @@ def test_run_dir_config_of_an_older_version_is_refused_naming_the_new_field(open
     (run.path / "config.json").write_text(json.dumps(identity))
     with pytest.raises(RunDirError, match=r"rate: nothing there, 0\.5 asked for"):
         open_run()
+
+
+@dataclasses.dataclass(frozen=True)
+class RenamedConfig:
+    """`ToyConfig` after a change of names."""
+
+    FORMER_NAMES: ClassVar = {"rate": "learning_rate"}
+
+    learning_rate: float = 0.5
+    sizes: tuple[int, ...] = (1, 2)
+    name: str = "toy"
+
+
+def test_run_dir_config_under_former_names_is_entered_and_renamed(open_run):
+    with open_run() as run:
+        run.finish({"loss": 1.5})
+    with pytest.raises(RunDirError, match=r"learning_rate: 0\.5 there, 0\.25 asked"):
+        open_run(RenamedConfig(learning_rate=0.25))
+    with open_run(RenamedConfig()) as run:
+        assert run.finished
+    identity = json.loads((run.path / "config.json").read_text())
+    assert identity["config"] == {"learning_rate": 0.5, "sizes": [1, 2], "name": "toy"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -14,18 +14,18 @@ import optax
 
 import hardvary
 from experiments.coinrun.dataset import DataError, Dataset, States
-from experiments.coinrun.resnet import (
+from experiments.coinrun.game import NUM_ACTIONS
+from experiments.coinrun.student.config import (
+    Method,
+    Settings,
+    TrainConfig,
+)
+from experiments.coinrun.student.resnet import (
     Architecture,
     Variables,
     init_variables,
     make_apply,
     make_train_apply,
-)
-from experiments.coinrun.student_config import (
-    NUM_ACTIONS,
-    Method,
-    Settings,
-    TrainConfig,
 )
 
 if TYPE_CHECKING:

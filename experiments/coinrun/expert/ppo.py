@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.coinrun.config import PpoConfig
-from experiments.coinrun.policy import Output
+from experiments.coinrun.expert.config import PpoConfig
+from experiments.coinrun.expert.policy import Output
 
 # Of JAX, or of NumPy before it.
 Array = jax.Array | np.ndarray
@@ -46,38 +46,38 @@ class Terms(NamedTuple):
 
 def advantages_and_returns(
     rewards: jax.Array,
-    ended: jax.Array,
+    done: jax.Array,
     values: jax.Array,
     last_values: jax.Array,
-    discount: float,
-    decay: float,
+    gamma: float,
+    gae_lambda: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimates and the returns that they imply.
 
-    `advantage[t] = delta[t] + discount * decay * (1 - ended[t]) * advantage[t + 1]`
-    with `delta[t] = reward[t] + discount * (1 - ended[t]) * value[t + 1] - value[t]`;
+    `advantage[t] = delta[t] + gamma * gae_lambda * (1 - done[t]) * advantage[t + 1]`
+    with `delta[t] = reward[t] + gamma * (1 - done[t]) * value[t + 1] - value[t]`;
     a return is advantage plus value.
 
     Args:
-      rewards: float32 [step, environment], for the action of each step.
-      ended: bool [step, environment], whether that action ended the episode.
-      values: float32 [step, environment], estimated before it.
-      last_values: float32 [environment], after the last step.
-      discount: worth of a reward one step later.
-      decay: lambda.
+      rewards: float32 [step, env], for the action of each step.
+      done: bool [step, env], whether that action done the episode.
+      values: float32 [step, env], estimated before it.
+      last_values: float32 [env], after the last step.
+      gamma: worth of a reward one step later.
+      gae_lambda: lambda.
 
     Returns:
-      Two arrays [step, environment].
+      Two arrays [step, env].
     """
     after = jnp.concatenate([values[1:], last_values[None]])
-    going = 1 - ended.astype(jnp.float32)
-    deltas = rewards + discount * going * after - values
+    going = 1 - done.astype(jnp.float32)
+    deltas = rewards + gamma * going * after - values
 
     def back(
         later: jax.Array, step: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         delta, going = step
-        advantage = delta + discount * decay * going * later
+        advantage = delta + gamma * gae_lambda * going * later
         return advantage, advantage
 
     start = jnp.zeros_like(last_values)
@@ -86,9 +86,10 @@ def advantages_and_returns(
 
 
 def normalize(advantages: jax.Array) -> jax.Array:
-    """Advantages with mean 0 and deviation 1; zeros where all are the same."""
+    """Advantages with mean 0 and standard deviation 1; zeros where all are the same."""
     centred = advantages - advantages.mean()
-    return centred / (jnp.sqrt(jnp.mean(centred**2)) + 1e-8)
+    std = jnp.sqrt(jnp.mean(centred**2))
+    return centred / (std + 1e-8)
 
 
 def loss(
@@ -109,7 +110,7 @@ def loss(
       The loss and its terms. `kl` estimates KL(old, new) by `r - 1 - log r`
       (Schulman 2020, http://joschu.net/blog/kl-approx.html).
     """
-    clip = config.clip
+    clip_eps = config.clip_eps
     log_probs = jax.nn.log_softmax(output.logits)
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, -1)
     taken = jnp.take_along_axis(log_probs, samples.actions[:, None], 1)[:, 0]
@@ -117,9 +118,9 @@ def loss(
     ratio = jnp.exp(log_ratio)
     policy_loss = jnp.maximum(
         -samples.advantages * ratio,
-        -samples.advantages * jnp.clip(ratio, 1 - clip, 1 + clip),
+        -samples.advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps),
     )
-    moved = jnp.clip(output.values - samples.values, -clip, clip)
+    moved = jnp.clip(output.values - samples.values, -clip_eps, clip_eps)
     value_loss = 0.5 * jnp.maximum(
         (output.values - samples.returns) ** 2,
         (samples.values + moved - samples.returns) ** 2,
@@ -129,12 +130,12 @@ def loss(
         value_loss.mean(),
         entropy.mean(),
         jnp.mean(ratio - 1 - log_ratio),
-        jnp.mean(jnp.abs(ratio - 1) > clip),
+        jnp.mean(jnp.abs(ratio - 1) > clip_eps),
     )
     total = (
         terms.policy_loss
-        + config.value_weight * terms.value_loss
-        - config.entropy_weight * terms.entropy
+        + config.vf_coef * terms.value_loss
+        - config.ent_coef * terms.entropy
     )
     return total, terms
 
@@ -142,14 +143,14 @@ def loss(
 def make_optimizer(config: PpoConfig) -> optax.GradientTransformation:
     """From a gradient to a direction; the learning rate is no part of it."""
     return optax.chain(
-        optax.clip_by_global_norm(config.max_gradient_norm),
+        optax.clip_by_global_norm(config.max_grad_norm),
         optax.scale_by_adam(eps=config.eps),
     )
 
 
-def learning_rate(config: PpoConfig, done: float) -> float:
-    """The learning rate after a share `done` of the training."""
-    return config.learning_rate * (1 - (1 - config.final_rate) * done)
+def learning_rate(config: PpoConfig, share: float) -> float:
+    """The learning rate after a `share` of the training."""
+    return config.learning_rate * (1 - (1 - config.final_rate) * share)
 
 
 def step(

@@ -17,23 +17,23 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.coinrun import dataset as data
-from experiments.coinrun.options import RerunOptions
-from experiments.coinrun.student_commands import (
+from experiments.coinrun.student.commands import (
     EXPERIMENT,
     TRAIN,
     train_dir,
     train_in,
 )
-from experiments.coinrun.student_config import (
+from experiments.coinrun.student.config import (
     METHODS,
     Method,
     RerunConfig,
+    RerunOptions,
     TrainConfig,
     shared_settings,
 )
-from experiments.coinrun.student_figures import draw_reruns
-from experiments.coinrun.student_search import bootstrap
-from experiments.common.cli import Invocation, announce, load_settings
+from experiments.coinrun.student.figures import draw_reruns
+from experiments.coinrun.student.search import bootstrap
+from experiments.common.cli import Invocation, announce
 from experiments.common.figures import (
     Drawings,
     figure_dir,
@@ -42,6 +42,7 @@ from experiments.common.figures import (
 )
 from experiments.common.pool import run_jobs
 from experiments.common.run_dir import RunDirError
+from experiments.common.settings import load_settings
 from experiments.common.validation import require_choice
 
 RERUNS = "reruns"

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from experiments.coinrun.config import (
+from experiments.coinrun.expert.config import (
     MOST_EVALUATED,
-    GameMode,
+    ExpertFileOptions,
     require_evaluation_levels,
 )
+from experiments.coinrun.game import GameMode
 from experiments.common.choices import Preset, Sampler
+from experiments.common.cli import FigureOptions, RunOptions
 from experiments.common.validation import (
     require,
     require_choice,
@@ -32,7 +35,8 @@ Decay = Literal["off", "decoupled", "coupled"]
 Actions = Literal["sampled", "greedy"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
-NUM_ACTIONS = 15
+RUNS = Path("runs") / "coinrun"
+SELECTED = "selected.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,7 @@ class TrainConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(Settings):
-    """What all trials share; the rest is drawn (see `student_search.RANGES`)."""
+    """What all trials share; the rest is drawn (see `search.RANGES`)."""
 
     methods: tuple[Method, ...] = METHODS
     """Methods to search for, one after the other."""
@@ -208,6 +212,57 @@ class PlayConfig:
         rule = f"at most levels ({self.levels})"
         require("shown", self.shown, self.shown <= self.levels, rule)
         require_seed("seed", self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(RunOptions):
+    """Where the data are and where to write."""
+
+    data: Path | None = None
+    """Directory of the dataset; without it the one that the command dataset makes with
+    this preset."""
+
+    @property
+    def data_dir(self) -> Path:
+        """The directory to use."""
+        return self.data or RUNS / f"dataset-{self.preset}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions(DataOptions, FigureOptions):
+    """Where the data are, where to write, and with how many processes."""
+
+    storage: str | None = None
+    """Database URL or journal file that several commands share, each with an --out of
+    its own; without it a journal in the run directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RerunOptions(DataOptions, FigureOptions):
+    """What to train, where the data are, where to write, with how many processes."""
+
+    selected: Path | None = None
+    """File with the settings of each method, selected.json of a run of the command
+    search; without it that of the search with this preset."""
+
+    @property
+    def selected_file(self) -> Path:
+        """The file to use."""
+        return self.selected or RUNS / f"search-{self.preset}-seed0" / SELECTED
+
+
+@dataclasses.dataclass(frozen=True)
+class PlayOptions(ExpertFileOptions):
+    """Who plays, and where to write."""
+
+    student: Path | None = None
+    """Directory of a finished training run; without it the one that the command train
+    makes with this preset."""
+
+    @property
+    def student_dir(self) -> Path:
+        """The directory to use."""
+        return self.student or RUNS / f"train-and_mask-{self.preset}-seed0"
 
 
 def _require_decay(field: str, value: float) -> None:

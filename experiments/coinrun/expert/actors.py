@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.coinrun.game import ACTIONS, RIGHT, RIGHT_UP, Choose, Turn
+from experiments.coinrun.game import NUM_ACTIONS, RIGHT, RIGHT_UP, Choose, Turn
 
 # Of 0.2, 0.5, 0.7, 0.9, 0.95 and 1 this share of jumps solved most of 500 easy levels:
 # 71 %, against 61 to 68 %.
@@ -32,12 +32,12 @@ def greedy(probabilities: Probabilities) -> Choose:
 
 def random_policy(seed: int) -> Choose:
     """Each action as likely as the others."""
-    return _constant_policy(np.full(len(ACTIONS), 1 / len(ACTIONS)), seed)
+    return _constant_policy(np.full(NUM_ACTIONS, 1 / NUM_ACTIONS), seed)
 
 
 def scripted_policy(seed: int) -> Choose:
     """Always to the right, mostly with a jump."""
-    shares = np.zeros(len(ACTIONS))
+    shares = np.zeros(NUM_ACTIONS)
     shares[RIGHT_UP] = JUMPING
     shares[RIGHT] = 1 - JUMPING
     return _constant_policy(shares, seed)
@@ -84,7 +84,7 @@ def in_batches(network: Probabilities, size: int) -> Probabilities:
             np.asarray(network(_pad(frames[start : start + size], size)))
             for start in range(0, len(frames), size)
         ]
-        empty = np.zeros((0, len(ACTIONS)), np.float32)
+        empty = np.zeros((0, NUM_ACTIONS), np.float32)
         return np.concatenate([empty, *parts])[: len(frames)]
 
     return probabilities

@@ -14,19 +14,19 @@ import numpy as np
 import optuna
 
 from experiments.coinrun.dataset import Dataset, load
-from experiments.coinrun.student import (
-    make_keys,
-    make_trainer,
-    on_device,
-    rates_at,
-)
-from experiments.coinrun.student_config import (
+from experiments.coinrun.student.config import (
     Decay,
     Method,
     SearchConfig,
     Source,
     TrainConfig,
     shared_settings,
+)
+from experiments.coinrun.student.training import (
+    make_keys,
+    make_trainer,
+    on_device,
+    rates_at,
 )
 from experiments.common.search import Search
 

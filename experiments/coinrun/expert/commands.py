@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from experiments.coinrun.config import EvaluateConfig, ExpertConfig, GameMode
 from experiments.coinrun.evaluation import (
     evaluate,
     format_summary,
@@ -13,11 +12,15 @@ from experiments.coinrun.evaluation import (
     rows_of,
     summarize_all,
 )
-from experiments.coinrun.expert import Expert, load_expert, save_expert
-from experiments.coinrun.figures import draw_learning_curve
-from experiments.coinrun.game import EVALUATION_LEVELS, require_game
-from experiments.coinrun.options import ExpertFileOptions
-from experiments.coinrun.training import SPEED, train
+from experiments.coinrun.expert.config import (
+    EvaluateConfig,
+    ExpertConfig,
+    ExpertFileOptions,
+)
+from experiments.coinrun.expert.figures import draw_learning_curve
+from experiments.coinrun.expert.saved import Expert, load_expert, save_expert
+from experiments.coinrun.expert.training import SPEED, train
+from experiments.coinrun.game import EVALUATION_LEVELS, GameMode, require_game
 from experiments.common.cli import Invocation, RunOptions, announce
 from experiments.common.figures import read_table
 from experiments.common.files import file_sha256

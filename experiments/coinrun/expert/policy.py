@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.coinrun.game import ACTIONS
+from experiments.coinrun.game import NUM_ACTIONS
 
 Params = Any
 
@@ -124,7 +124,7 @@ class ActorCritic(nnx.Module):
         self.conv2 = Convolution(2, 4 * width, 2 * width, rngs=rngs)
         self.conv3 = Convolution(3, 2 * width, 2 * width, rngs=rngs)
         self.dense = _linear(4 * 4 * 2 * width, hidden, math.sqrt(2), rngs)
-        self.policy = _linear(hidden, len(ACTIONS), 0.01, rngs)
+        self.policy = _linear(hidden, NUM_ACTIONS, 0.01, rngs)
         self.value = _linear(hidden, 1, 1.0, rngs)
 
     def __call__(self, frames: jax.Array) -> Output:

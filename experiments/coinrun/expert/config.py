@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar, get_args
 
+from experiments.coinrun.game import EVALUATION_LEVELS, GameMode
 from experiments.common.choices import Preset
+from experiments.common.cli import RunOptions
 from experiments.common.validation import require, require_choice, require_seed
-
-GameMode = Literal["easy", "hard"]
 
 # Frames that a network takes at a time; XLA's CPU code is fastest where what a layer
 # computes fits into the cache.
 MICROBATCH = 64
-# Levels that are reserved for evaluation.
-MOST_EVALUATED = 10_000
+MOST_EVALUATED = len(EVALUATION_LEVELS)
+# Trained by the command expert with its default settings.
+EXPERT = Path(__file__).parents[3] / "docs" / "results" / "coinrun" / "expert.npz"
 
 
 @dataclasses.dataclass(frozen=True)
 class PpoConfig:
     """Proximal policy optimisation (Schulman et al. 2017): the hyperparameters."""
 
-    discount: float = 0.999
+    gamma: float = 0.999
     """Worth of a reward one step later."""
-    gae_decay: float = 0.95
+    gae_lambda: float = 0.95
     """Lambda of the generalised advantage estimate (Schulman et al. 2016)."""
-    clip: float = 0.2
+    clip_eps: float = 0.2
     """Farthest that a probability ratio, or a value, gets credit for moving."""
-    value_weight: float = 0.5
+    vf_coef: float = 0.5
     """Weight of the value loss."""
-    entropy_weight: float = 0.01
+    ent_coef: float = 0.01
     """Weight of the entropy bonus."""
-    max_gradient_norm: float = 0.5
+    max_grad_norm: float = 0.5
     """Gradients with a larger norm are shortened to it."""
     learning_rate: float = 5e-4
     """Adam's learning rate at the start; it falls linearly."""
@@ -40,22 +44,22 @@ class PpoConfig:
     """Share of the learning rate that is left at the end."""
     eps: float = 1e-5
     """Added to Adam's denominator."""
-    passes: int = 2
+    update_epochs: int = 2
     """How often each frame is learnt from."""
     minibatch_size: int = 1024
     """Frames in a step of Adam."""
 
     def __post_init__(self) -> None:
-        for field in ("discount", "gae_decay", "final_rate"):
+        for field in ("gamma", "gae_lambda", "final_rate"):
             value = getattr(self, field)
             require(field, value, 0 <= value <= 1, "in [0, 1]")
-        for field in ("clip", "max_gradient_norm", "learning_rate"):
+        for field in ("clip_eps", "max_grad_norm", "learning_rate"):
             value = getattr(self, field)
             require(field, value, 0 < value < math.inf, "positive and finite")
-        for field in ("value_weight", "entropy_weight", "eps"):
+        for field in ("vf_coef", "ent_coef", "eps"):
             value = getattr(self, field)
             require(field, value, 0 <= value < math.inf, "non-negative and finite")
-        for field in ("passes", "minibatch_size"):
+        for field in ("update_epochs", "minibatch_size"):
             value = getattr(self, field)
             require(field, value, value >= 1, "at least 1")
 
@@ -63,6 +67,21 @@ class PpoConfig:
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig(PpoConfig):
     """Training of an expert."""
+
+    # As the fields were called in runs that may go on and in files of settings.
+    FORMER_NAMES: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "discount": "gamma",
+            "gae_decay": "gae_lambda",
+            "clip": "clip_eps",
+            "value_weight": "vf_coef",
+            "entropy_weight": "ent_coef",
+            "max_gradient_norm": "max_grad_norm",
+            "passes": "update_epochs",
+            "environments": "num_envs",
+            "steps": "num_steps",
+        }
+    )
 
     mode: GameMode = "easy"
     """Which levels CoinRun makes: easy or hard (the paper's)."""
@@ -72,9 +91,9 @@ class ExpertConfig(PpoConfig):
     """Units of the dense layer."""
     frames: int = 16_777_216
     """Frames to train on, of all environments together: whole blocks."""
-    environments: int = 128
+    num_envs: int = 128
     """Games at a time."""
-    steps: int = 64
+    num_steps: int = 64
     """Steps of each game between two updates."""
     workers: int = 2
     """Threads, each with its part of the games and of every minibatch."""
@@ -93,8 +112,8 @@ class ExpertConfig(PpoConfig):
         for field in (
             "width",
             "hidden",
-            "environments",
-            "steps",
+            "num_envs",
+            "num_steps",
             "workers",
             "block",
             "checkpoint_every",
@@ -105,9 +124,9 @@ class ExpertConfig(PpoConfig):
         require_seed("seed", self.seed)
         parts = self.workers
         require(
-            "environments",
-            self.environments,
-            self.environments % parts == 0,
+            "num_envs",
+            self.num_envs,
+            self.num_envs % parts == 0,
             f"a multiple of workers ({parts})",
         )
         require(
@@ -120,7 +139,7 @@ class ExpertConfig(PpoConfig):
             "minibatch_size",
             self.minibatch_size,
             self.update_frames % self.minibatch_size == 0,
-            f"a divisor of environments x steps ({self.update_frames})",
+            f"a divisor of num_envs x num_steps ({self.update_frames})",
         )
         require(
             "frames",
@@ -132,7 +151,7 @@ class ExpertConfig(PpoConfig):
     @property
     def update_frames(self) -> int:
         """Frames between two updates."""
-        return self.environments * self.steps
+        return self.num_envs * self.num_steps
 
     @property
     def block_frames(self) -> int:
@@ -159,6 +178,20 @@ class EvaluateConfig:
         require_seed("seed", self.seed)
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertFileOptions(RunOptions):
+    """Which expert, and where to write."""
+
+    expert: Path | None = None
+    """The expert's file, expert.npz of a run of the command expert; without it the one
+    for easy levels that the repository has."""
+
+    @property
+    def expert_file(self) -> Path:
+        """The file to use."""
+        return self.expert or EXPERT
+
+
 def require_evaluation_levels(field: str, levels: int) -> None:
     """Raises ValueError unless so many levels are set aside for evaluation."""
     good = 2 <= levels <= MOST_EVALUATED
@@ -170,8 +203,8 @@ EXPERT_PRESETS: dict[Preset, ExpertConfig] = {
         width=2,
         hidden=8,
         frames=512,
-        environments=8,
-        steps=16,
+        num_envs=8,
+        num_steps=16,
         block=2,
         minibatch_size=128,
         checkpoint_every=1,
@@ -183,8 +216,8 @@ EXPERT_PRESETS: dict[Preset, ExpertConfig] = {
         width=32,
         hidden=512,
         frames=400_031_744,
-        environments=256,
-        steps=128,
+        num_envs=256,
+        num_steps=128,
         block=4,
         minibatch_size=4096,
     ),

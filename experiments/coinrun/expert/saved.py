@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.coinrun.actors import in_batches
-from experiments.coinrun.config import MICROBATCH
-from experiments.coinrun.game import FRAME
-from experiments.coinrun.policy import (
+from experiments.coinrun.expert.actors import in_batches
+from experiments.coinrun.expert.config import MICROBATCH
+from experiments.coinrun.expert.policy import (
     Architecture,
     Output,
     Params,
     init_params,
     make_apply,
 )
+from experiments.coinrun.game import FRAME
 from experiments.common.files import atomic_write
 from experiments.common.run_dir import RunDirError
 

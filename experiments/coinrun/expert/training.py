@@ -17,9 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.coinrun import ppo
-from experiments.coinrun.config import MICROBATCH, ExpertConfig
-from experiments.coinrun.expert import Expert
+from experiments.coinrun.expert import ppo
+from experiments.coinrun.expert.config import MICROBATCH, ExpertConfig
+from experiments.coinrun.expert.policy import (
+    Architecture,
+    Params,
+    init_params,
+    make_apply,
+)
+from experiments.coinrun.expert.saved import Expert
 from experiments.coinrun.game import (
     EXPERT_TRAIN_LEVELS,
     FRAME,
@@ -27,7 +33,6 @@ from experiments.coinrun.game import (
     LevelStream,
     SavedGames,
 )
-from experiments.coinrun.policy import Architecture, Params, init_params, make_apply
 from experiments.common.run_dir import RunDir
 
 PROGRESS = {
@@ -46,11 +51,11 @@ class State(NamedTuple):
     opt_state: Any
     games: tuple[SavedGames, ...]
     steps: tuple[np.ndarray, ...]
-    """int32 [environment], made so far in each episode under way."""
+    """int32 [env], made so far in each episode under way."""
 
 
 class Rollout(NamedTuple):
-    """What one worker's games gave, NumPy arrays [step, environment, ...].
+    """What one worker's games gave, NumPy arrays [step, env, ...].
 
     `rewards` are 1 for a coin.
     """
@@ -60,11 +65,11 @@ class Rollout(NamedTuple):
     log_probs: np.ndarray
     values: np.ndarray
     rewards: np.ndarray
-    ended: np.ndarray
+    done: np.ndarray
     last_values: np.ndarray
-    """float32 [environment]."""
+    """float32 [env]."""
     episode_steps: list[int]
-    """Lengths of the episodes that ended."""
+    """Lengths of the episodes that done."""
 
 
 class Trainer:
@@ -78,7 +83,7 @@ class Trainer:
         self.config = config
         self.architecture = Architecture(config.width, config.hidden)
         self._optimizer = ppo.make_optimizer(config)
-        per_worker = config.environments // config.workers
+        per_worker = config.num_envs // config.workers
         self._closing = contextlib.ExitStack()
         self._streams = []
         for worker in range(config.workers):
@@ -90,7 +95,7 @@ class Trainer:
         self._initial_games = tuple(stream.save() for stream in self._streams)
         self._threads = self._closing.enter_context(ThreadPoolExecutor(config.workers))
         # Reused, because so much memory takes long to come by.
-        shape = (config.steps, per_worker, *FRAME)
+        shape = (config.num_steps, per_worker, *FRAME)
         self._frames = [np.empty(shape, np.uint8) for _ in self._streams]
         self._compile()
 
@@ -116,12 +121,12 @@ class Trainer:
         @jax.jit
         def prepare(
             rewards: jax.Array,
-            ended: jax.Array,
+            done: jax.Array,
             values: jax.Array,
             last_values: jax.Array,
         ) -> tuple[jax.Array, jax.Array]:
             advantages, returns = ppo.advantages_and_returns(
-                rewards, ended, values, last_values, config.discount, config.gae_decay
+                rewards, done, values, last_values, config.gamma, config.gae_lambda
             )
             return ppo.normalize(advantages), returns
 
@@ -170,9 +175,7 @@ class Trainer:
         """The state at the start."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         params = init_params(key, self.architecture)
-        steps = tuple(
-            np.zeros(stream.environments, np.int32) for stream in self._streams
-        )
+        steps = tuple(np.zeros(stream.num_envs, np.int32) for stream in self._streams)
         return State(params, self._optimizer.init(params), self._initial_games, steps)
 
     def block(self, state: State, index: int) -> tuple[State, dict[str, Any]]:
@@ -190,7 +193,7 @@ class Trainer:
             key = jax.random.fold_in(jax.random.key(config.seed), update + 1)
             rollouts, steps = self._play(params, key, steps)
             for rollout in rollouts:
-                solved += rollout.rewards[rollout.ended].tolist()
+                solved += rollout.rewards[rollout.done].tolist()
                 lengths += rollout.episode_steps
             params, opt_state, more = self._learn(
                 params, opt_state, rollouts, [config.seed, update], rate
@@ -226,7 +229,7 @@ class Trainer:
         shape = frames.shape[:2]
         actions = np.empty(shape, np.int32)
         log_probs, values, rewards = (np.empty(shape, np.float32) for _ in range(3))
-        ended = np.empty(shape, bool)
+        done = np.empty(shape, bool)
         steps, lengths = steps.copy(), []
         seen = stream.observe().frames
         for index in range(len(frames)):
@@ -235,14 +238,14 @@ class Trainer:
             actions[index], log_probs[index], values[index] = map(np.asarray, chosen)
             stream.act(actions[index])
             gained, seen, first = stream.observe()
-            rewards[index], ended[index] = gained / REWARD, first
+            rewards[index], done[index] = gained / REWARD, first
             steps += 1
             lengths += steps[first].tolist()
             steps[first] = 0
         # The key is of no matter: only the values are used.
         last_values = np.asarray(self._act(params, seen, key, len(frames))[2])
         rollout = Rollout(
-            frames, actions, log_probs, values, rewards, ended, last_values, lengths
+            frames, actions, log_probs, values, rewards, done, last_values, lengths
         )
         return rollout, steps
 
@@ -260,7 +263,7 @@ class Trainer:
         size = config.minibatch_size // parts
         rng = np.random.default_rng(seed)
         terms = []
-        for _ in range(config.passes):
+        for _ in range(config.update_epochs):
             orders = [rng.permutation(config.update_frames // parts) for _ in rollouts]
             for start in range(0, config.update_frames // parts, size):
                 chosen = [order[start : start + size] for order in orders]
@@ -283,12 +286,12 @@ class Trainer:
         return jax.block_until_ready(self._gradient(params, frames, part))
 
     def _samples(self, rollouts: Sequence[Rollout]) -> list[ppo.Samples]:
-        """Of each worker, [step * environment]; normalised over all together."""
+        """Of each worker, [step * env]; normalised over all together."""
 
         def joined(name: str, axis: int) -> np.ndarray:
             return np.concatenate([getattr(each, name) for each in rollouts], axis)
 
-        fields = ("rewards", "ended", "values")
+        fields = ("rewards", "done", "values")
         prepared = self._prepare(
             *(joined(name, 1) for name in fields), joined("last_values", 0)
         )

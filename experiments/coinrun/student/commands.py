@@ -19,31 +19,36 @@ from tqdm import tqdm
 
 from experiments.coinrun import dataset as data
 from experiments.coinrun import game
-from experiments.coinrun import student_search as trials
-from experiments.coinrun.actors import (
-    Probabilities,
-    greedy,
-    in_batches,
-    sampled,
-    scripted_policy,
-)
-from experiments.coinrun.config import MICROBATCH, GameMode
 from experiments.coinrun.evaluation import (
     evaluate,
     format_summary,
     rows_of,
     summarize_all,
 )
-from experiments.coinrun.expert import Expert, load_expert
-from experiments.coinrun.options import (
+from experiments.coinrun.expert.actors import (
+    Probabilities,
+    greedy,
+    in_batches,
+    sampled,
+    scripted_policy,
+)
+from experiments.coinrun.expert.config import MICROBATCH, ExpertFileOptions
+from experiments.coinrun.expert.saved import Expert, load_expert
+from experiments.coinrun.student import search as trials
+from experiments.coinrun.student.config import (
     SELECTED,
     DataOptions,
-    ExpertFileOptions,
+    DatasetConfig,
+    Method,
+    PlayConfig,
     PlayOptions,
+    SearchConfig,
     SearchOptions,
+    TrainConfig,
 )
-from experiments.coinrun.resnet import make_apply
-from experiments.coinrun.student import (
+from experiments.coinrun.student.figures import animation, draw_best, draw_curves
+from experiments.coinrun.student.resnet import make_apply
+from experiments.coinrun.student.training import (
     METRICS,
     State,
     architecture_for,
@@ -51,15 +56,7 @@ from experiments.coinrun.student import (
     make_keys,
     make_trainer,
 )
-from experiments.coinrun.student import train as train_student
-from experiments.coinrun.student_config import (
-    DatasetConfig,
-    Method,
-    PlayConfig,
-    SearchConfig,
-    TrainConfig,
-)
-from experiments.coinrun.student_figures import animation, draw_best, draw_curves
+from experiments.coinrun.student.training import train as train_student
 from experiments.common import search as studies
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.cli import Invocation, announce
@@ -151,7 +148,7 @@ def levels_of(config: DatasetConfig) -> Levels:
     )
 
 
-def _expert_for(mode: GameMode, path: Path) -> Expert:
+def _expert_for(mode: game.GameMode, path: Path) -> Expert:
     expert = load_expert(path)
     learnt = expert.about["mode"]
     if learnt != mode:
@@ -163,7 +160,7 @@ def _expert_for(mode: GameMode, path: Path) -> Expert:
 
 
 def _play(
-    levels: Sequence[int], choose: game.Choose, mode: GameMode
+    levels: Sequence[int], choose: game.Choose, mode: game.GameMode
 ) -> Iterator[game.Episode]:
     """The game, with a progress bar."""
     yield from tqdm(

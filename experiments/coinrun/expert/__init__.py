@@ -1,0 +1,1 @@
+"""The expert: its network, PPO, evaluation and file."""

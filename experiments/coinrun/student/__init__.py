@@ -1,0 +1,1 @@
+"""The student: its network, its training with both Adams, and their comparison."""
