@@ -28,18 +28,18 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, get_args
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.common.choices import Pruner, Sampler
+from experiments.common.journal import open_journal
 from experiments.common.pool import run_jobs
 from experiments.common.run_dir import RunDirError, describe_differences
 from experiments.common.validation import require, require_choice
@@ -149,6 +149,8 @@ def open_study(search: Search) -> optuna.Study:
                 direction="maximize",
                 load_if_exists=True,
             )
+        except RunDirError:
+            raise
         except Exception as error:  # which one depends on the database and its driver
             raise RunDirError(
                 f"the storage of study {search.name!r} cannot be used: {error}"
@@ -364,9 +366,7 @@ def _enter_plan(study: optuna.Study, search: Search) -> None:
 
 def _open_storage(search: Search) -> BaseStorage:
     if search.journal is not None:
-        path = str(search.journal)
-        search.journal.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(path, _JournalLock(path)))
+        return open_journal(search.journal)
     assert search.storage is not None
     arguments: dict[str, Any] = {}
     if search.storage.startswith("sqlite"):
@@ -376,35 +376,6 @@ def _open_storage(search: Search) -> BaseStorage:
         arguments["grace_period"] = 5 * search.heartbeat
     with _experimental_allowed():
         return RDBStorage(search.storage, **arguments)
-
-
-class _JournalLock(JournalFileOpenLock):
-    """An flock on the journal, which ends with the process that holds it.
-
-    Optuna's own locks are files that a killed holder leaves behind: everybody waits
-    for half a minute and then takes them away, from a slow holder too.
-    """
-
-    def __init__(self, path: str):
-        super().__init__(path)
-        self._path = path
-        self._file: BinaryIO | None = None
-
-    def acquire(self) -> bool:
-        """Waits for the lock, and cuts off what a killed holder wrote half of."""
-        self.release()  # an interrupted holder in this process may not have done so
-        self._file = open(self._path, "r+b")  # noqa: SIM115
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        size = self._file.seek(0, os.SEEK_END)
-        self._file.seek(max(0, size - 1))
-        if self._file.read() not in (b"", b"\n"):
-            self._file.seek(0)
-            self._file.truncate(self._file.read().rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 @contextlib.contextmanager

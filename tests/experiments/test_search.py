@@ -239,15 +239,6 @@ def test_open_study_unusable_database_is_refused(storage, message, search):
         open_study(dataclasses.replace(search, storage=storage))
 
 
-def test_open_study_damaged_journal_is_refused(search):
-    finish(search, Toy())
-    lines = search.journal.read_bytes().splitlines(keepends=True)
-    lines[5] = b"\0" * 9 + b"\n"
-    search.journal.write_bytes(b"".join(lines))
-    with pytest.raises(RunDirError, match="cannot be used"):
-        open_study(search)
-
-
 def test_run_trial_torn_last_line_costs_nothing_but_that_line(search, tmp_path):
     rows = finish(search, Toy())
     lines = search.journal.read_bytes().splitlines(keepends=True)
@@ -270,27 +261,6 @@ def test_run_trial_line_torn_by_another_worker_is_cut_off(search):
     assert b'"worker{' not in search.journal.read_bytes()
     finish(search, Toy())
     check_attempts(search)
-
-
-def test_journal_lock_ends_with_the_process_that_is_killed(search):
-    open_study(search)
-    code = (
-        "import sys, time; from experiments.common.search import _JournalLock\n"
-        "lock = _JournalLock(sys.argv[1]); lock.acquire()\n"
-        "print('locked', flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", code, search.journal]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        unlocked = searches._is_unlocked(search.journal)
-        holder.kill()
-    assert not unlocked
-    assert searches._is_unlocked(search.journal)
-    lock = searches._JournalLock(str(search.journal))
-    # One that was interrupted before it could release the lock may take it again.
-    assert lock.acquire()
-    assert lock.acquire()
-    lock.release()
 
 
 def stop_after(suggestions, error):
