@@ -6,19 +6,11 @@ measures that for a network, `grid_inconsistency` on a slice, `quadratic_inconsi
 from Hessians, and `ilc` for a whole algorithm.
 """
 
-from hardvary.consistency.matrices import (
-    determinant_bound,
-    karcher_mean,
-    quadratic_inconsistency,
-)
-from hardvary.consistency.neighbourhood import (
-    ILC,
-    GridInconsistency,
-    Inconsistency,
-    grid_inconsistency,
-    ilc,
-    inconsistency,
-)
+from hardvary.consistency.algorithms import ILC, ilc
+from hardvary.consistency.grids import GridInconsistency, grid_inconsistency
+from hardvary.consistency.means import karcher_mean
+from hardvary.consistency.scores import determinant_bound, quadratic_inconsistency
+from hardvary.consistency.search import Inconsistency, inconsistency
 
 __all__ = [
     "ILC",
