@@ -23,9 +23,9 @@ from experiments.benchmark.peer import (
     torch_process,
 )
 from experiments.common import plots
-from experiments.common.cli import Invocation, Preset, announce
+from experiments.common.cli import Invocation, Preset, entered
 from experiments.common.run_dir import RunDir, RunDirError
-from experiments.common.validation import require
+from experiments.common.validation import require_at_least
 from experiments.synthetic.config import (
     PRESETS,
     Settings,
@@ -69,12 +69,17 @@ class BenchmarkConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("rounds", self.rounds, self.rounds >= 1, "at least 1")
+        require_at_least(self, 1, "rounds")
 
     @property
     def training(self) -> TrainConfig:
         """The config of the training."""
-        return TrainConfig(**shared_settings(self), method="and_mask", seed=0)
+        return TrainConfig(**shared_settings(self), method="and_mask", seed=self.seed)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training."""
+        return 0
 
 
 def jax_contestant(config: TrainConfig, oracle: Oracle) -> Epoch:
@@ -191,16 +196,12 @@ def run_benchmark(
     if options.torch_python is not None:
         require_torch_can(config.training)
         experiment, name = f"{experiment} with PyTorch", f"{name}-torch"
-    with RunDir(
+    with entered(
+        invocation,
         invocation.run_path("benchmark", name),
         experiment,
-        config,
-        seed=config.training.seed,
-        command=invocation.command,
-        overwrite=options.overwrite,
         outputs=(EPOCHS, FIGURE),
     ) as run:
-        announce(run)
         if not run.finished:
             _run(run, config, options.torch_python)
         summary = run.summary()

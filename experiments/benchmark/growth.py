@@ -13,9 +13,9 @@ from experiments.benchmark import contestants as ways
 from experiments.benchmark.steps import measure
 from experiments.benchmark.workloads import Workload, image_mlp
 from experiments.common import plots
-from experiments.common.cli import Invocation, Preset, RunOptions, announce
+from experiments.common.cli import Invocation, Preset, RunOptions, entered
 from experiments.common.run_dir import RunDir
-from experiments.common.validation import require
+from experiments.common.validation import require, require_at_least
 
 ENVS = "growth_envs.csv"
 WIDTHS = "growth_widths.csv"
@@ -45,9 +45,7 @@ class GrowthConfig:
             ascending = len(values) > 0 and list(values) == sorted(set(values))
             require(field, values, ascending, "one or more in ascending order")
             require(field, values, values[0] >= 1, "at least 1 each")
-        for field in ("base_envs", "base_width", "rounds"):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
+        require_at_least(self, 1, "base_envs", "base_width", "rounds")
         seconds = self.round_seconds
         require("round_seconds", seconds, 0 <= seconds < 3600, "in [0, 3600)")
 
@@ -66,15 +64,12 @@ def run_growth(invocation: Invocation[GrowthConfig, RunOptions]) -> None:
     gradients are left out where they would take two gigabytes or more.
     """
     config, options = invocation.config, invocation.options
-    with RunDir(
+    with entered(
+        invocation,
         invocation.run_path("benchmark", f"growth-{options.preset}"),
         "benchmark growth",
-        config,
-        command=invocation.command,
-        overwrite=options.overwrite,
         outputs=(ENVS, WIDTHS, FIGURE),
     ) as run:
-        announce(run)
         if not run.finished:
             with ways.no_compilation_cache():
                 _run(run, config)

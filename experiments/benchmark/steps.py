@@ -34,9 +34,9 @@ from experiments.benchmark.workloads import (
     image_mlp,
 )
 from experiments.common import plots
-from experiments.common.cli import Invocation, Preset, announce
+from experiments.common.cli import Invocation, Preset, entered
 from experiments.common.run_dir import RunDir, RunDirError
-from experiments.common.validation import require, require_choice
+from experiments.common.validation import require, require_at_least, require_choice
 
 STEPS = "steps.csv"
 FIGURE = "steps.png"
@@ -70,9 +70,7 @@ class StepsConfig:
             require_choice("workloads", name, WORKLOADS)
         distinct = len(set(self.workloads)) == len(self.workloads) > 0
         require("workloads", self.workloads, distinct, "one or more different ones")
-        for field in ("resnet_width", "shrink", "compile_rounds", "rounds"):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
+        require_at_least(self, 1, "resnet_width", "shrink", "compile_rounds", "rounds")
         require("deep_layers", self.deep_layers, self.deep_layers >= 0, "at least 0")
         seconds = self.round_seconds
         require("round_seconds", seconds, 0 <= seconds < 3600, "in [0, 3600)")
@@ -105,15 +103,12 @@ def run_steps(invocation: Invocation[StepsConfig, PeerOptions]) -> None:
     experiment, name = "benchmark steps", f"steps-{options.preset}"
     if options.torch_python is not None:
         experiment, name = f"{experiment} with PyTorch", f"{name}-torch"
-    with RunDir(
+    with entered(
+        invocation,
         invocation.run_path("benchmark", name),
         experiment,
-        config,
-        command=invocation.command,
-        overwrite=options.overwrite,
         outputs=(STEPS, FIGURE),
     ) as run:
-        announce(run)
         if not run.finished:
             with ways.no_compilation_cache():
                 _run(run, config, options.torch_python)

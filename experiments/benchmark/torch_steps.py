@@ -54,27 +54,37 @@ class ConvNorm(nn.Module):
         return functional.relu(self.norm(self.conv(x)))
 
 
+# Of ImageNet's red, green and blue, as in experiments/vision/model.py.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
 class FastResNet(nn.Module):
-    """The network of workloads.py."""
+    """The network of experiments/vision/model.py."""
 
     def __init__(self, width):
         super().__init__()
-        sizes = [(1, 2), (2, 4), (4, 8)]
+
+        def pair(size):
+            return nn.ModuleList(ConvNorm(size, size) for _ in range(2))
+
         self.prep = ConvNorm(3, width)
-        self.down = nn.ModuleList(ConvNorm(i * width, o * width) for i, o in sizes)
-        self.residual = nn.ModuleList(
-            ConvNorm(size * width, size * width) for size in (2, 2, 8, 8)
-        )
+        self.layer1 = ConvNorm(width, 2 * width)
+        self.residual1 = pair(2 * width)
+        self.layer2 = ConvNorm(2 * width, 4 * width)
+        self.layer3 = ConvNorm(4 * width, 8 * width)
+        self.residual3 = pair(8 * width)
         self.head = nn.Linear(8 * width, 10, bias=False)
 
-    def forward(self, x):
-        """Logits for images [batch, channel, side, side]."""
-        first, second, third = self.down
-        x = functional.max_pool2d(first(self.prep(x)), 2)
-        x = x + self.residual[1](self.residual[0](x))
-        x = functional.max_pool2d(second(x), 2)
-        x = functional.max_pool2d(third(x), 2)
-        x = x + self.residual[3](self.residual[2](x))
+    def forward(self, images):
+        """Logits for images of bytes [batch, channel, side, side]."""
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (MEAN, STD))
+        x = self.prep((images.float() / 255 - mean) / std)
+        x = functional.max_pool2d(self.layer1(x), 2)
+        x = x + self.residual1[1](self.residual1[0](x))
+        x = functional.max_pool2d(self.layer2(x), 2)
+        x = functional.max_pool2d(self.layer3(x), 2)
+        x = x + self.residual3[1](self.residual3[0](x))
         return 0.125 * self.head(x.amax((2, 3)))
 
 
@@ -250,7 +260,7 @@ class Step:
             x = x.transpose(0, 1, 4, 2, 3)
         self.x = torch.from_numpy(np.ascontiguousarray(x))
         self.y = torch.from_numpy(y)
-        if not self.x.is_floating_point():
+        if not self.x.is_floating_point() and x.ndim < 5:  # tokens, not images
             self.x = self.x.long()
         if self.y.is_floating_point():
             self.loss_fn = binary_cross_entropy

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from experiments.common.networks import Variables
 from experiments.synthetic import model as synthetic
+from experiments.vision import model as vision
 
 WorkloadName = Literal[
     "mlp_80x1", "cnn_80x1", "mlp_16x128", "fastresnet_80x1", "transformer_16x4"
@@ -117,10 +119,24 @@ def _tabular_mlp(sizes: Sizes) -> Workload:
 
 
 def _fast_resnet(sizes: Sizes) -> Workload:
+    """The network of `experiments.vision`, as it trains.
+
+    Unlike there each environment is a batch of its own: batch norm takes its statistics
+    over one example, and the running ones, which nobody reads, stay as they are.
+    """
     side = sizes.scaled(32, 16)
-    model = FastResNet(sizes.scaled(sizes.resnet_width, 2), rngs=nnx.Rngs(0))
-    data = _labelled(sizes.scaled(80, 2), (side, side, 3))
-    return _workload(model, cross_entropy, data)
+    architecture = vision.Architecture(3, sizes.scaled(sizes.resnet_width, 2))
+    apply = vision.make_train_apply(architecture)
+    params, batch_stats = vision.init_variables(jax.random.key(0), architecture)
+
+    def loss_fn(params: Params, batch: Batch) -> jax.Array:
+        images, labels = batch
+        logits, _ = apply(Variables(params, batch_stats), images)
+        return cross_entropy(logits, labels)
+
+    shape = (sizes.scaled(80, 2), 1, side, side, 3)
+    images = jax.random.randint(jax.random.key(1), shape, 0, 256, jnp.uint8)
+    return Workload(loss_fn, params, (images, _labels(len(images))))
 
 
 def _transformer(sizes: Sizes) -> Workload:
@@ -140,7 +156,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def _labelled(num_envs: int, shape: tuple[int, ...]) -> Batch:
     inputs = jax.random.normal(jax.random.key(1), (num_envs, 1, *shape))
-    return inputs, jax.random.randint(jax.random.key(2), (num_envs, 1), 0, 10)
+    return inputs, _labels(num_envs)
+
+
+def _labels(num_envs: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(2), (num_envs, 1), 0, 10)
 
 
 def _workload(model: nnx.Module, loss: Loss, batch: Batch) -> Workload:
@@ -149,8 +169,7 @@ def _workload(model: nnx.Module, loss: Loss, batch: Batch) -> Workload:
 
     def loss_fn(params: Params, batch: Batch) -> jax.Array:
         inputs, labels = batch
-        # A copy: batch norm writes running averages, which nobody reads, into it.
-        merged: Any = nnx.merge(graph, params, rest, copy=True)
+        merged: Any = nnx.merge(graph, params, rest)
         return loss(merged(inputs), labels)
 
     return Workload(loss_fn, params, batch)
@@ -188,49 +207,6 @@ class CNN(nnx.Module):
         for layer in self.layers:
             x = nnx.avg_pool(nnx.relu(layer(x)), (2, 2), strides=(2, 2))
         return self.head(x.reshape(len(x), -1))
-
-
-class ConvNorm(nnx.Module):
-    """3x3 convolution without bias, batch norm, ReLU."""
-
-    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(fan_in, fan_out, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(fan_out, use_running_average=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, height, width, fan_out]."""
-        return nnx.relu(self.norm(self.conv(x)))
-
-
-class FastResNet(nnx.Module):
-    """The paper's nine-layer network, at any width (its own is 64).
-
-    Batch norm takes its statistics over the batch it is given.
-    """
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        def block(fan_in: int, fan_out: int) -> ConvNorm:
-            return ConvNorm(fan_in * width, fan_out * width, rngs=rngs)
-
-        self.prep = ConvNorm(3, width, rngs=rngs)
-        self.down = nnx.List([block(1, 2), block(2, 4), block(4, 8)])
-        self.residual = nnx.List([block(2, 2), block(2, 2), block(8, 8), block(8, 8)])
-        self.head = nnx.Linear(8 * width, 10, use_bias=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits for images [batch, side, side, 3]."""
-        first, second, third = self.down
-        x = self.prep(x)
-        x = _halve(first(x))
-        x = x + self.residual[1](self.residual[0](x))
-        x = _halve(second(x))
-        x = _halve(third(x))
-        x = x + self.residual[3](self.residual[2](x))
-        return 0.125 * self.head(x.max((1, 2)))
-
-
-def _halve(x: jax.Array) -> jax.Array:
-    return nnx.max_pool(x, (2, 2), strides=(2, 2))
 
 
 class Block(nnx.Module):

@@ -9,10 +9,12 @@ config become flags, their docstrings the help; `--preset` picks the values, whi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, TypeVar, get_args
@@ -22,7 +24,7 @@ import tyro
 from experiments.common.choices import Preset as Preset
 from experiments.common.run_dir import RunDir, RunDirError
 from experiments.common.settings import load_settings
-from experiments.common.validation import require
+from experiments.common.validation import require_at_least
 
 DEFAULT_PRESET: Preset = "cpu"
 
@@ -51,7 +53,7 @@ class WorkerOptions(RunOptions):
     """Runs at the same time, each in a process of its own."""
 
     def __post_init__(self) -> None:
-        require("workers", self.workers, self.workers >= 1, "at least 1")
+        require_at_least(self, 1, "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,15 @@ class FigureOptions(WorkerOptions):
     results: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Directory with the CSV of an earlier run: draws the figure again, beside it or in
     --out, and trains nothing. Other flags say nothing then."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions(WorkerOptions):
+    """Where to write, with how many processes, and where the trials are kept."""
+
+    storage: str | None = None
+    """Database URL or journal file that several commands share, each with an --out of
+    its own; without it a journal in the run directory."""
 
 
 Config = TypeVar("Config")
@@ -115,12 +126,70 @@ class Command(Generic[Config, Options]):
     run: Callable[[Invocation[Config, Options]], None]
 
 
+def later(
+    target: str,
+    description: str,
+    configs: Mapping[Preset, Config],
+    options: type[Options],
+    *arguments: Any,
+) -> Command[Config, Options]:
+    """A subcommand that is imported when it runs: --help need not wait for JAX.
+
+    Args:
+      target: its function, as MODULE:NAME.
+      description: its help.
+      configs: as `Command` has them.
+      options: likewise.
+      arguments: what the function takes behind the call.
+    """
+
+    def run(call: Invocation[Config, Options]) -> None:
+        module, _, name = target.partition(":")
+        getattr(importlib.import_module(module), name)(call, *arguments)
+
+    run.__doc__ = description
+    return Command(configs, options, run)
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Subcommands behind one more word, and the line that the help has for them."""
 
     help: str
     commands: Mapping[str, Command[Any, Any]]
+
+
+@contextlib.contextmanager
+def entered(
+    call: Invocation[Any, Options],
+    path: Path,
+    experiment: str,
+    config: Any = None,
+    outputs: Sequence[str] = (),
+    parts: str | None = None,
+) -> Iterator[RunDir]:
+    """The run directory that a command works in, which it names.
+
+    Args:
+      call: what was asked for.
+      path: the directory.
+      experiment: name of the experiment and its subcommand.
+      config: what defines the result, if that is not the call's config.
+      outputs: see `RunDir`.
+      parts: likewise.
+    """
+    with RunDir(
+        path,
+        experiment,
+        call.config if config is None else config,
+        seed=getattr(call.config, "seed", None),
+        command=call.command,
+        overwrite=call.options.overwrite,
+        outputs=outputs,
+        parts=parts,
+    ) as run:
+        announce(run)
+        yield run
 
 
 def announce(run: RunDir) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from experiments.common.cli import FigureOptions, Invocation
+from experiments.common.cli import FigureOptions, Invocation, entered
 from experiments.common.run_dir import RunDir, RunDirError, save_png
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def figure_dir(
     config: Any,
     figures: Sequence[str],
     parts: str,
-) -> RunDir:
+) -> AbstractContextManager[RunDir]:
     """The run directory of a command that draws `figures`.
 
     Args:
@@ -37,15 +38,12 @@ def figure_dir(
       figures: names without extension; a CSV and a PNG belong to each.
       parts: name of the experiment whose runs are its parts.
     """
-    return RunDir(
-        path,
-        experiment,
-        config,
-        command=call.command,
-        overwrite=call.options.overwrite,
-        outputs=[f"{figure}{end}" for figure in figures for end in (".csv", ".png")],
-        parts=parts,
-    )
+    return entered(call, path, experiment, config, outputs_of(figures), parts)
+
+
+def outputs_of(figures: Iterable[str]) -> list[str]:
+    """The files of figures: a table and a picture of each."""
+    return [f"{figure}{end}" for figure in figures for end in (".csv", ".png")]
 
 
 def finish_figures(
@@ -63,9 +61,14 @@ def finish_figures(
     run.finish(summary)
 
 
-def redraw(options: FigureOptions, drawings: Drawings, names: Sequence[str]) -> None:
-    """Draws figures from the CSV of an earlier run, beside it or in --out."""
-    assert options.results is not None
+def redraw(options: FigureOptions, drawings: Drawings, names: Sequence[str]) -> bool:
+    """With --from, draws figures from there, beside their CSV or in --out.
+
+    Returns:
+      Whether that is what was asked for, so that nothing is left to do.
+    """
+    if options.results is None:
+        return False
     out = options.out or options.results
     for name in names:
         source = options.results / f"{name}.csv"
@@ -78,6 +81,7 @@ def redraw(options: FigureOptions, drawings: Drawings, names: Sequence[str]) -> 
         out.mkdir(parents=True, exist_ok=True)
         save_png(out / f"{name}.png", figure)
         print(f"Figure: {out / f'{name}.png'}")
+    return True
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:

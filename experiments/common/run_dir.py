@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from experiments.common.files import atomic_write, remove_temporaries, write_json
 from experiments.common.manifest import describe_environment
-from experiments.common.settings import with_present_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -273,6 +272,16 @@ class RunDir:
         """Writes the summary; after this the run counts as finished."""
         self.save_manifest()
         write_json(self.path / SUMMARY, dict(summary))
+
+
+def with_present_names(settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """`settings` under the names that the fields of `config` have now.
+
+    A config whose fields were renamed has the mapping `FORMER_NAMES`, so that earlier
+    runs and files of settings stay readable.
+    """
+    names = getattr(config, "FORMER_NAMES", {})
+    return {names.get(name, name): value for name, value in settings.items()}
 
 
 def save_png(path: Path, figure: Figure) -> None:

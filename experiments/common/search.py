@@ -28,7 +28,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import optuna
@@ -42,7 +42,7 @@ from experiments.common.choices import Pruner, Sampler
 from experiments.common.journal import open_journal
 from experiments.common.pool import run_jobs
 from experiments.common.run_dir import RunDirError, describe_differences
-from experiments.common.validation import require, require_choice
+from experiments.common.validation import require, require_at_least, require_kinds
 
 JOURNAL = "study.journal"
 _LOCKS = "study.locks"
@@ -96,10 +96,9 @@ class Search:
     notice when this one is gone (after five of them)."""
 
     def __post_init__(self) -> None:
-        require("trials", self.trials, self.trials >= 1, "at least 1")
+        require_at_least(self, 1, "trials")
         require("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2**32 - 1")
-        require_choice("sampler", self.sampler, get_args(Sampler))
-        require_choice("pruner", self.pruner, get_args(Pruner))
+        require_kinds(self, sampler=Sampler, pruner=Pruner)
         require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         known = self.max_steps is not None and self.max_steps > self.warmup_steps
         holds = known or self.pruner != "hyperband"

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-def with_present_names(settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """`settings` under the names that the fields of `config` have now.
-
-    A config whose fields were renamed has the mapping `FORMER_NAMES`, so that earlier
-    runs and files of settings stay readable.
-    """
-    names = getattr(config, "FORMER_NAMES", {})
-    return {names.get(name, name): value for name, value in settings.items()}
+from experiments.common.run_dir import RunDirError, with_present_names
+from experiments.common.validation import require_choice
 
 
 def load_settings(source: str, config: Any) -> dict[str, Any]:
@@ -51,6 +44,29 @@ def load_settings(source: str, config: Any) -> dict[str, Any]:
     return {
         name: _as_type_of(defaults[name], value, f"settings {source!r}: {name}")
         for name, value in settings.items()
+    }
+
+
+def load_chosen(source: str, config: Any, method: str, mend: str) -> dict[str, Any]:
+    """What a search has chosen for a method: `load_settings`, and the method.
+
+    Raises:
+      RunDirError: there is no such choice, it is another method's or not valid; the
+        message ends with `mend`.
+    """
+    try:
+        chosen = {"method": method, **load_settings(source, config)}
+        require_choice("method", chosen["method"], [method])
+        dataclasses.replace(config, **chosen)
+    except ValueError as error:
+        raise RunDirError(f"{error}: {mend}") from None
+    return chosen
+
+
+def fields_of(config: Any, kind: type) -> dict[str, Any]:
+    """The values that `config` has for the fields of a dataclass that it extends."""
+    return {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(kind)
     }
 
 

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ def run_epochs(
     state: State,
     num_epochs: int,
     *,
+    metrics: Sequence[str] | None = None,
     checkpoint_every: int = 1,
     progress: Mapping[str, tuple[str, str]] | None = None,
     title: str = "",
@@ -46,6 +47,8 @@ def run_epochs(
         state and scalar metrics. It may donate the state that it is given.
       state: the initial state, a pytree of arrays.
       num_epochs: how many epochs the whole run has.
+      metrics: which ones to keep, in this order; jit sorts the keys of dictionaries.
+        By default all.
       checkpoint_every: epochs between checkpoints; the last is always saved.
       progress: what the progress bar shows: label -> (metric, format); no bar
         without it.
@@ -71,10 +74,10 @@ def run_epochs(
     )
     with bar, contextlib.closing(checkpoints), _interrupt_flag() as interrupted:
         for epoch in range(done, num_epochs):
-            state, metrics = epoch_fn(state, epoch)
-            values = jax.device_get(dict(metrics))
+            state, found = epoch_fn(state, epoch)
+            values = jax.device_get(dict(found))
             # As metrics.csv has them: resumed or not, the history is the same.
-            row = {name: nine_digits(values[name]) for name in metrics}
+            row = {name: nine_digits(values[name]) for name in metrics or found}
             history.append({"epoch": float(epoch + 1), **row})
             shown = {
                 label: format(row[metric], spec)

@@ -9,9 +9,10 @@ from experiments.common.cli import (
     Command,
     FigureOptions,
     Group,
-    Invocation,
     RunOptions,
+    SearchOptions,
     WorkerOptions,
+    later,
     main,
 )
 from experiments.synthetic.config import (
@@ -22,110 +23,71 @@ from experiments.synthetic.config import (
     SEARCH_PRESETS,
     SELECTED_PRESETS,
     CompareConfig,
-    ConsistencyConfig,
-    CorrelationsConfig,
-    EnvsConfig,
     RerunConfig,
-    SearchConfig,
-    SearchOptions,
-    SelectedConfig,
     TrainConfig,
 )
 
-# The commands are imported when they run: --help need not wait for JAX.
-
-
-def train(call: Invocation[TrainConfig, RunOptions]) -> None:
-    """Train one method on one seed."""
-    from experiments.synthetic import commands
-
-    commands.train(call)
-
-
-def compare(call: Invocation[CompareConfig, RunOptions]) -> None:
-    """Train several methods on the same data; print a table and draw the figure."""
-    from experiments.synthetic import commands
-
-    commands.compare(call)
-
-
-def rerun(call: Invocation[RerunConfig, WorkerOptions]) -> None:
-    """Train one method on many seeds; each result is what `train --seed` gives."""
-    from experiments.synthetic import commands
-
-    commands.rerun(call)
-
-
-def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
-    """Search the settings of a method; see what each rule of selection chooses."""
-    from experiments.synthetic import commands
-
-    commands.search(call)
-
-
-def consistency(call: Invocation[ConsistencyConfig, FigureOptions]) -> None:
-    """Search for the inconsistency of what training finds; estimate the ILC."""
-    from experiments.synthetic import commands
-
-    commands.consistency(call)
-
-
-def figure_6(call: Invocation[SelectedConfig, FigureOptions]) -> None:
-    """Accuracies of all methods with their chosen settings, as bars."""
-    from experiments.synthetic import commands
-
-    commands.selected_figure(call, 6)
-
-
-def figure_7(call: Invocation[CorrelationsConfig, FigureOptions]) -> None:
-    """Masked gradients beside those of the mechanism and of the shortcuts."""
-    from experiments.synthetic import commands
-
-    commands.correlations_figure(call)
-
-
-def figure_14(call: Invocation[SelectedConfig, FigureOptions]) -> None:
-    """Learning curves of all methods with their chosen settings; the runs of 6."""
-    from experiments.synthetic import commands
-
-    commands.selected_figure(call, 14)
-
-
-def figure_15(call: Invocation[EnvsConfig, FigureOptions]) -> None:
-    """Accuracy against the number of training environments."""
-    from experiments.synthetic import commands
-
-    commands.envs_figure(call)
-
+HERE = "experiments.synthetic.commands"
 
 FIGURES: dict[str, Command[Any, Any]] = {
-    "6": Command(SELECTED_PRESETS, FigureOptions, figure_6),
-    "7": Command(
+    "6": later(
+        f"{HERE}:selected_figure",
+        "Accuracies of all methods with their chosen settings, as bars.",
+        SELECTED_PRESETS,
+        FigureOptions,
+        6,
+    ),
+    "7": later(
+        f"{HERE}:correlations_figure",
+        "Masked gradients beside those of the mechanism and of the shortcuts.",
         CORRELATIONS_PRESETS,
         FigureOptions,
-        figure_7,
     ),
-    "14": Command(SELECTED_PRESETS, FigureOptions, figure_14),
-    "15": Command(ENVS_PRESETS, FigureOptions, figure_15),
+    "14": later(
+        f"{HERE}:selected_figure",
+        "Learning curves of all methods with their chosen settings; the runs of 6.",
+        SELECTED_PRESETS,
+        FigureOptions,
+        14,
+    ),
+    "15": later(
+        f"{HERE}:envs_figure",
+        "Accuracy against the number of training environments.",
+        ENVS_PRESETS,
+        FigureOptions,
+    ),
 }
 COMMANDS: dict[str, Command[Any, Any] | Group] = {
-    "train": Command(
+    "train": later(
+        f"{HERE}:train",
+        "Train one method on one seed.",
         {name: TrainConfig(**values) for name, values in PRESETS.items()},
         RunOptions,
-        train,
     ),
-    "compare": Command(
+    "compare": later(
+        f"{HERE}:compare",
+        "Train several methods on the same data; print a table and draw the figure.",
         {name: CompareConfig(**values) for name, values in PRESETS.items()},
         RunOptions,
-        compare,
     ),
-    "rerun": Command(
+    "rerun": later(
+        f"{HERE}:rerun",
+        "Train one method on many seeds; each result is what `train --seed` gives.",
         {name: RerunConfig(**values) for name, values in PRESETS.items()},
         WorkerOptions,
-        rerun,
     ),
-    "search": Command(SEARCH_PRESETS, SearchOptions, search),
-    "consistency": Command(CONSISTENCY_PRESETS, FigureOptions, consistency),
+    "search": later(
+        f"{HERE}:search",
+        "Search the settings of a method; see what each rule of selection chooses.",
+        SEARCH_PRESETS,
+        SearchOptions,
+    ),
+    "consistency": later(
+        f"{HERE}:consistency",
+        "Search for the inconsistency of what training finds; estimate the ILC.",
+        CONSISTENCY_PRESETS,
+        FigureOptions,
+    ),
     "figure": Group("Draw figure 6, 7, 14 or 15 of the paper.", FIGURES),
 }
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -17,8 +17,10 @@ from experiments.common.cli import (
     FigureOptions,
     Invocation,
     RunOptions,
+    SearchOptions,
     WorkerOptions,
     announce,
+    entered,
 )
 from experiments.common.figures import (
     Drawings,
@@ -28,10 +30,10 @@ from experiments.common.figures import (
     redraw,
 )
 from experiments.common.files import write_json
-from experiments.common.pool import run_jobs
-from experiments.common.run_dir import METRICS as METRICS_FILE
+from experiments.common.parts import metrics_of, train_parts
 from experiments.common.run_dir import RunDir, RunDirError
-from experiments.common.settings import load_settings
+from experiments.common.settings import load_chosen
+from experiments.common.tables import format_rows
 from experiments.synthetic.config import (
     PRESETS,
     CompareConfig,
@@ -41,7 +43,6 @@ from experiments.synthetic.config import (
     Method,
     RerunConfig,
     SearchConfig,
-    SearchOptions,
     SelectedConfig,
     TrainConfig,
 )
@@ -59,9 +60,6 @@ from experiments.synthetic.figures import (
 from experiments.synthetic.training import METRICS, dataset_for
 from experiments.synthetic.training import train as train_to_the_end
 
-if TYPE_CHECKING:
-    from experiments.common.search import Search
-
 EXPERIMENT = "synthetic"
 TRAIN = f"{EXPERIMENT} train"
 TRAIN_FIGURE = "train.png"
@@ -69,7 +67,6 @@ COMPARE_FIGURE = "compare.png"
 COMPARE_TABLE = "compare.csv"
 SEEDS_TABLE = "seeds.csv"
 SEEDS_FIGURE = "seeds.png"
-TRIALS_TABLE = "trials.csv"
 SELECTED = "selected.json"
 SEARCHES_TABLE = "searches.csv"
 SELECTED_FIGURES = ("figure6", "figure14")
@@ -104,17 +101,13 @@ def compare(call: Invocation[CompareConfig, RunOptions]) -> None:
     config = call.config
     name = f"compare-{call.options.preset}-seed{config.seed}"
     path = call.run_path(EXPERIMENT, name, ("seed",))
-    with RunDir(
+    with entered(
+        call,
         path,
         f"{EXPERIMENT} compare",
-        config,
-        seed=config.seed,
-        command=call.command,
-        overwrite=call.options.overwrite,
         outputs=(COMPARE_FIGURE, COMPARE_TABLE, TRAIN_FIGURE),
         parts=TRAIN,
     ) as run:
-        announce(run)
         if not run.finished:
             _compare(run, config, call.command)
         print(format_table(run.summary()["results"]))
@@ -147,22 +140,19 @@ def rerun(call: Invocation[RerunConfig, WorkerOptions]) -> None:
     first, last = config.seeds
     name = f"rerun-{config.method}-{options.preset}-seeds{first}-{last}"
     path = call.run_path(EXPERIMENT, name, ("method", "seeds"))
-    with RunDir(
+    with entered(
+        call,
         path,
         f"{EXPERIMENT} rerun",
-        config,
-        command=call.command,
-        overwrite=options.overwrite,
         outputs=(SEEDS_TABLE, SEEDS_FIGURE, TRAIN_FIGURE),
         parts=TRAIN,
     ) as run:
-        announce(run)
         if not run.finished:
             jobs = [
                 (run.path / f"seed{c.seed}", c, call.command)
                 for c in config.train_configs()
             ]
-            outcomes = _run_jobs(jobs, options.workers)
+            outcomes = _train_all(run, jobs, options.workers)
             results = [outcome.result for outcome in outcomes]
             run.write_metrics(results, SEEDS_TABLE)
             curves = [outcome.curve("test_accuracy") for outcome in outcomes]
@@ -188,78 +178,45 @@ class Outcome(NamedTuple):
         return [row[name] for row in self.history]
 
 
-def _run_jobs(jobs: Sequence[Job], workers: int, unit: str = "seed") -> list[Outcome]:
+def _train_all(
+    run: RunDir, jobs: Sequence[Job], workers: int, unit: str = "seed"
+) -> list[Outcome]:
     """Outcomes of all jobs, in their order."""
-    numbered = [(index, *job) for index, job in enumerate(jobs)]
-    outcomes: dict[int, Outcome] = {}
-    with tqdm(total=len(jobs), unit=unit, smoothing=0) as bar:
-        for index, outcome in run_jobs(_train_numbered, numbered, workers):
-            outcomes[index] = outcome
-            final = [o.result["test_accuracy"] for o in outcomes.values()]
-            solved = sum(accuracy >= SOLVED for accuracy in final)
-            shown = {"solved": f"{solved}/{len(final)}", "worst": f"{min(final):.1%}"}
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-    return [outcomes[index] for index in range(len(jobs))]
+    return train_parts(run, _train_seed, jobs, workers, unit=unit, show=_solved)
 
 
-def _train_numbered(
-    index: int, path: Path, config: TrainConfig, command: str
-) -> tuple[int, Outcome]:
-    return index, _train_seed(path, config, command)
+def _solved(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    final = [outcome.result["test_accuracy"] for outcome in outcomes]
+    solved = sum(accuracy >= SOLVED for accuracy in final)
+    return {"solved": f"{solved}/{len(final)}", "worst": f"{min(final):.1%}"}
 
 
 def _train_seed(path: Path, config: TrainConfig, command: str) -> Outcome:
     with _train_dir(path, config, command) as run:
         if not run.finished:
             _train(run, config, dataset_for(config, config.seed), quiet=True)
-        rows = run.read_metrics()
-        if len(rows) != config.epochs or "test_accuracy" not in rows[0]:
-            raise RunDirError(
-                f"{run.path / METRICS_FILE} is missing or damaged: remove {run.path} "
-                "and start again, which trains this seed anew"
-            )
+        rows = metrics_of(run, config.epochs, ["test_accuracy"])
         return Outcome(_result(run), rows)
 
 
 def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
     """Searches settings; says which trial each rule of selection chooses."""
-    from experiments.common import search as studies
+    from experiments.common.search_runs import TRIALS_TABLE, run_missing, search_dir
     from experiments.synthetic import search as trials
 
     config, options = call.config, call.options
     name = f"search-{config.method}-{options.preset}-seed{config.seed}"
     path = call.run_path(EXPERIMENT, name, ("method", "seed", "trials"))
-    if options.overwrite and options.storage is not None:
-        raise RunDirError(
-            "--overwrite leaves the trials in --storage as they are: choose another "
-            "storage, or delete the study there and start without --overwrite"
-        )
-    # More trials continue a finished search: their number is no part of its identity.
-    identity = dataclasses.asdict(config)
-    del identity["trials"]
-    with RunDir(
-        path,
-        f"{EXPERIMENT} search",
-        identity,
-        seed=config.seed,
-        command=call.command,
-        overwrite=options.overwrite,
-        outputs=(TRIALS_TABLE, SELECTED, studies.JOURNAL),
-    ) as run:
-        study = trials.study_of(config, run.path, options.storage)
-        done = run.summary()["trials"] if run.finished else config.trials
-        if done > config.trials:
-            raise RunDirError(
-                f"{run.path} has {done} finished trials already: ask for as many or "
-                f"more, not for {config.trials}"
-            )
-        if done < config.trials:
-            run.reopen()
-        announce(run)
+    study = trials.study_of(config, path, options.storage)
+
+    def show(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        best = max((row["value"] or 0.0 for row in rows), default=0.0)
+        return {"best": f"{best:.1%}"}
+
+    with search_dir(call, path, f"{EXPERIMENT} search") as run:
         if not run.finished:
-            _search(run, study, trials.Objective(config), options.workers)
-            rows = studies.table(studies.open_study(study))
+            objective = trials.Objective(config)
+            rows = run_missing(run, study, objective, options.workers, show)
             run.write_metrics(rows, TRIALS_TABLE)
             chosen = trials.chosen_settings(config, rows)
             write_json(run.path / SELECTED, chosen)
@@ -267,20 +224,6 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
         print(format_search(run.summary()))
         print(f"Every trial: {run.path / TRIALS_TABLE}")
         print(f"Chosen settings: {run.path / SELECTED}")
-
-
-def _search(run: RunDir, study: Search, objective: Any, workers: int) -> None:
-    from experiments.common import search as studies
-
-    alone = study.storage is None  # the run directory is locked, and the journal in it
-    missing = study.trials - len(studies.table(studies.open_study(study)))
-    best = 0.0
-    with tqdm(total=study.trials, initial=study.trials - missing, unit="trial") as bar:
-        for row in studies.run(study, objective, workers, alone=alone):
-            best = max(best, row["value"] or 0.0)
-            bar.set_postfix({"best of these": f"{best:.1%}"}, refresh=False)
-            bar.update()
-            run.save_manifest()
 
 
 def _summarize_search(
@@ -322,8 +265,7 @@ def selected_figure(
     call: Invocation[SelectedConfig, FigureOptions], number: Literal[6, 14]
 ) -> None:
     """Figures 6 and 14, which show the same runs: accuracies, learning curves."""
-    if call.options.results is not None:
-        redraw(call.options, DRAWINGS, (f"figure{number}",))
+    if redraw(call.options, DRAWINGS, (f"figure{number}",)):
         return
     config, options = call.config, call.options
     path = call.run_path(EXPERIMENT, f"selected-{options.preset}")
@@ -336,7 +278,6 @@ def selected_figure(
     with figure_dir(
         path, f"{EXPERIMENT} selected", call, identity, SELECTED_FIGURES, TRAIN
     ) as run:
-        announce(run)
         if not run.finished:
             jobs = [
                 (
@@ -347,7 +288,7 @@ def selected_figure(
                 for method in config.methods
                 for seed in config.seeds_of(method)
             ]
-            outcomes = _run_jobs(jobs, options.workers)
+            outcomes = _train_all(run, jobs, options.workers)
             results = [outcome.result for outcome in outcomes]
             bars = [{**result, "run": ""} for result in results]
             bars += reruns
@@ -379,13 +320,8 @@ def selected_settings(
             settings["threshold"] = 0.8
         return settings
     source = f"{Path(config.selected) / method}.json:{config.rule}"
-    try:
-        settings |= load_settings(source, TrainConfig())
-    except ValueError as error:
-        raise RunDirError(f"{error}: make it with the search subcommand") from None
-    if settings["method"] != method:
-        raise RunDirError(f"{source} is of {settings['method']}, not of {method}")
-    return settings
+    mend = "make it with the search subcommand"
+    return settings | load_chosen(source, TrainConfig(), method, mend)
 
 
 def _rerun_rows(reruns: Sequence[str]) -> list[dict[str, Any]]:
@@ -425,15 +361,13 @@ def learning_curves(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def envs_figure(call: Invocation[EnvsConfig, FigureOptions]) -> None:
     """Figure 15: accuracy against the number of training environments."""
-    if call.options.results is not None:
-        redraw(call.options, DRAWINGS, ("figure15",))
+    if redraw(call.options, DRAWINGS, ("figure15",)):
         return
     config, options = call.config, call.options
     path = call.run_path(EXPERIMENT, f"envs-{options.preset}")
     with figure_dir(
         path, f"{EXPERIMENT} envs", call, config, ("figure15",), TRAIN
     ) as run:
-        announce(run)
         if not run.finished:
             jobs = []
             for c in config.train_configs():
@@ -441,7 +375,7 @@ def envs_figure(call: Invocation[EnvsConfig, FigureOptions]) -> None:
                     f"{c.method}-envs{c.num_envs}-threshold{c.threshold}-seed{c.seed}"
                 )
                 jobs.append((run.path / name, c, call.command))
-            outcomes = _run_jobs(jobs, options.workers, unit="run")
+            outcomes = _train_all(run, jobs, options.workers, unit="run")
             rows = [
                 {"num_envs": c.num_envs, "threshold": c.threshold, **outcome.result}
                 for (_, c, _), outcome in zip(jobs, outcomes, strict=True)
@@ -456,15 +390,13 @@ def correlations_figure(call: Invocation[CorrelationsConfig, FigureOptions]) -> 
     """Figure 7: what masks leave of gradients at random weights."""
     from experiments.synthetic.correlations import correlation_rows
 
-    if call.options.results is not None:
-        redraw(call.options, DRAWINGS, ("figure7",))
+    if redraw(call.options, DRAWINGS, ("figure7",)):
         return
     config = call.config
     path = call.run_path(EXPERIMENT, f"correlations-{call.options.preset}")
     with figure_dir(
         path, f"{EXPERIMENT} correlations", call, config, ("figure7",), TRAIN
     ) as run:
-        announce(run)
         if not run.finished:
             first, last = config.seeds
             rows = correlation_rows(config, range(first, last + 1), config.logit_scale)
@@ -479,20 +411,18 @@ def consistency(call: Invocation[ConsistencyConfig, FigureOptions]) -> None:
     from experiments.synthetic.consistency import VARIATIONS, rows_of
 
     options, config = call.options, call.config
-    if options.results is not None:
-        redraw(options, DRAWINGS, ("consistency",))
+    if redraw(options, DRAWINGS, ("consistency",)):
         return
     path = call.run_path(EXPERIMENT, f"consistency-{options.preset}")
     with figure_dir(
         path, f"{EXPERIMENT} consistency", call, config, ("consistency",), TRAIN
     ) as run:
-        announce(run)
         if not run.finished:
             jobs = [
                 (run.path / f"{c.method}-seed{c.seed}", c, call.command)
                 for c in config.train_configs()
             ]
-            _run_jobs(jobs, options.workers)
+            _train_all(run, jobs, options.workers)
             rows: list[dict[str, Any]] = []
             for job in tqdm(jobs, desc="search", unit="network"):
                 rows += _network_rows(job, lambda *network: rows_of(config, *network))
@@ -636,29 +566,26 @@ def _result(run: RunDir) -> dict[str, Any]:
 
 def format_accuracies(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """O.o.d. test accuracy of every method, as text."""
-    lines = [f"{'method':<16}{'seeds':>6}{'mean':>8}{'worst':>8}{'solved':>8}"]
-    lines += [
-        f"{method:<16}{values['seeds']:>6}{values['mean_test_accuracy']:>8.1%}"
-        f"{values['min_test_accuracy']:>8.1%}{values['solved']:>8}"
-        for method, values in summary.items()
-    ]
-    return "\n".join(lines)
+    columns = {
+        "method": ("method", "<16"),
+        "seeds": ("seeds", ">5"),
+        "mean": ("mean_test_accuracy", ">7.1%"),
+        "worst": ("min_test_accuracy", ">7.1%"),
+        "solved": ("solved", ">7"),
+    }
+    rows = ({"method": method, **values} for method, values in summary.items())
+    return format_rows(columns, rows)
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:
     """The results as text, one line per method."""
     columns = {
-        "method": ("method", "<16", "<16"),
-        "train": ("train_accuracy", ">9", ">9.1%"),
-        "held out": ("held_out_accuracy", ">9", ">9.1%"),
-        "o.o.d. test": ("test_accuracy", ">12", ">12.1%"),
-        "loss": ("loss", ">8", ">8.4f"),
-        "kept": ("kept_fraction", ">9", ">9.3%"),
-        "seconds": ("seconds", ">8", ">8.1f"),
+        "method": ("method", "<16"),
+        "train": ("train_accuracy", ">9.1%"),
+        "held out": ("held_out_accuracy", ">9.1%"),
+        "o.o.d. test": ("test_accuracy", ">12.1%"),
+        "loss": ("loss", ">8.4f"),
+        "kept": ("kept_fraction", ">9.3%"),
+        "seconds": ("seconds", ">8.1f"),
     }
-    header = " ".join(format(title, width) for title, (_, width, _) in columns.items())
-    lines = [
-        " ".join(format(result[name], spec) for name, _, spec in columns.values())
-        for result in results
-    ]
-    return "\n".join([header, "-" * len(header), *lines])
+    return format_rows(columns, results)

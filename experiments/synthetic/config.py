@@ -9,12 +9,20 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import tyro
 
 from experiments.common.choices import Preset, Pruner, Sampler
-from experiments.common.cli import WorkerOptions
+from experiments.common.settings import fields_of
 from experiments.common.validation import (
     require,
-    require_choice,
-    require_seed,
+    require_ascending,
+    require_at_least,
+    require_decay,
+    require_distinct,
+    require_each,
+    require_kinds,
+    require_max_rescale,
+    require_non_negative,
+    require_positive,
     require_seeds,
+    require_share,
 )
 
 Method = Literal[
@@ -41,6 +49,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 Optimizer = Literal["adam", "sgd"]
+Schedule = Literal["step", "cosine", "constant"]
 Oracle = Literal["fused", "scan", "vmap"]
 
 Value = TypeVar("Value")
@@ -78,7 +87,7 @@ class Settings:
     """adam, or sgd with momentum 0.9."""
     learning_rate: float = 1e-2
     """Initial learning rate."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: Schedule = "step"
     """step: a tenth at 1/2 and again at 3/4 (the paper's); cosine, to 0; constant."""
     b1: float = 0.9
     """Adam's decay of the first moment."""
@@ -118,7 +127,9 @@ class Settings:
     """Epochs between checkpoints."""
 
     def __post_init__(self) -> None:
-        for field in (
+        require_at_least(
+            self,
+            1,
             "num_envs",
             "examples_per_env",
             "shortcut_dims",
@@ -128,13 +139,10 @@ class Settings:
             "batch_size",
             "microbatch_size",
             "checkpoint_every",
-        ):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
-        for field in ("revolutions", "learning_rate", "sharpness"):
-            value = getattr(self, field)
-            require(field, value, 0 < value < math.inf, "positive and finite")
-        for field in (
+        )
+        require_positive(self, "revolutions", "learning_rate", "sharpness")
+        require_non_negative(
+            self,
             "shortcut_std",
             "eps",
             "l2",
@@ -144,25 +152,16 @@ class Settings:
             "penalty_annealing",
             "reversal_scale",
             "dro_step_size",
-        ):
-            value = getattr(self, field)
-            require(field, value, 0 <= value < math.inf, "non-negative and finite")
-        for field in ("b1", "b2", "dropout"):
-            value = getattr(self, field)
-            require(field, value, 0 <= value < 1, "in [0, 1)")
-        require("threshold", self.threshold, 0 <= self.threshold <= 1, "in [0, 1]")
-        cap = self.max_rescale
-        require("max_rescale", cap, cap is None or cap >= 1, "at least 1, or None")
-        if cap is not None and not self.rescale:
-            raise ValueError(f"max_rescale needs rescale=True, got {cap!r} without it")
+        )
+        require_decay(self, "b1", "b2", "dropout")
+        require_share(self, "threshold")
+        require_max_rescale(self)
         if self.batch_norm and self.oracle == "scan":
             raise ValueError(
                 "batch_norm needs all environments at once: use oracle=fused or vmap, "
                 "got scan"
             )
-        require_choice("optimizer", self.optimizer, get_args(Optimizer))
-        require_choice("schedule", self.schedule, ("step", "cosine", "constant"))
-        require_choice("oracle", self.oracle, get_args(Oracle))
+        require_kinds(self, optimizer=Optimizer, schedule=Schedule, oracle=Oracle)
         require(
             "batch_size",
             self.batch_size,
@@ -194,9 +193,9 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("method", self.method, METHODS)
+        require_kinds(self, method=Method)
         _require_mask_opens(self.method, self.threshold)
-        require_seed("seed", self.seed)
+        require_seeds(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +209,11 @@ class CompareConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_methods("methods", self.methods)
+        require_kinds(self, methods=Method)
+        require_distinct(self, "methods", "methods")
         for method in self.methods:
             _require_mask_opens(method, self.threshold)
-        require_seed("seed", self.seed)
+        require_seeds(self, "seed")
 
     def train_config(self, method: Method) -> TrainConfig:
         """The config of one method's run."""
@@ -231,9 +231,9 @@ class RerunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("method", self.method, METHODS)
+        require_kinds(self, method=Method)
         _require_mask_opens(self.method, self.threshold)
-        require_seeds(self.seeds)
+        require_seeds(self, "seeds")
 
     def train_configs(self) -> list[TrainConfig]:
         """The config of every seed's run."""
@@ -306,19 +306,17 @@ class SearchConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("method", self.method, METHODS)
-        for field, kind in (
-            ("rule", Rule),
-            ("space", Space),
-            ("sampler", Sampler),
-            ("pruner", Pruner),
-            ("stop", Stop),
-        ):
-            require_choice(field, getattr(self, field), get_args(kind))
-        require("trials", self.trials, self.trials >= 1, "at least 1")
-        require("patience", self.patience, self.patience >= 1, "at least 1")
-        require_seed("seed", self.seed)
-        require_seed("search_seed", self.search_seed)
+        require_kinds(
+            self,
+            method=Method,
+            rule=Rule,
+            space=Space,
+            sampler=Sampler,
+            pruner=Pruner,
+            stop=Stop,
+        )
+        require_at_least(self, 1, "trials", "patience")
+        require_seeds(self, "seed", "search_seed")
 
     @property
     def clean_rules(self) -> tuple[Rule, ...]:
@@ -354,15 +352,13 @@ class SelectedConfig:
     """Tables of reruns to show beside the methods in figure 6, as LABEL=FILE."""
 
     def __post_init__(self) -> None:
-        _require_methods("methods", self.methods)
-        for method in self.many:
-            require_choice("many", method, METHODS)
-        require_choice("rule", self.rule, RULES)
+        require_kinds(self, methods=Method)
+        require_distinct(self, "methods", "methods")
+        require_kinds(self, many=Method, rule=Rule)
         for rerun in self.reruns:
             label, _, file = rerun.partition("=")
             require("reruns", rerun, bool(label and file), "given as LABEL=FILE")
-        require_seeds(self.seeds)
-        require_seeds(self.many_seeds)
+        require_seeds(self, "seeds", "many_seeds")
 
     def seeds_of(self, method: Method) -> range:
         """The seeds of a method."""
@@ -396,20 +392,20 @@ class EnvsConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_methods("methods", self.methods)
-        distinct = len(set(self.envs)) == len(self.envs) > 0
-        require("envs", self.envs, distinct, "one or more different numbers")
+        require_kinds(self, methods=Method)
+        require_distinct(self, "methods", "methods")
+        require_distinct(self, "numbers", "envs")
         most = min(self.examples_per_step, 2**20)
-        for field, value in (("envs", n) for n in self.envs):
-            require(field, value, 1 <= value <= most, f"between 1 and {most}")
-        for threshold in self.thresholds:
-            require("thresholds", threshold, 0 <= threshold <= 1, "in [0, 1]")
-            for method in self.methods:
+        rule = f"between 1 and {most}"
+        require_each(self, ["envs"], lambda value: 1 <= value <= most, rule)
+        require_share(self, "thresholds")
+        for method in self.methods:
+            for threshold in self.thresholds:
                 _require_mask_opens(method, threshold)
         some = len(self.thresholds) > 0
         require("thresholds", self.thresholds, some, "at least one")
-        require("steps", self.steps, self.steps >= 1, "at least 1")
-        require_seeds(self.seeds)
+        require_at_least(self, 1, "steps")
+        require_seeds(self, "seeds")
 
     def train_configs(self) -> list[TrainConfig]:
         """The config of every run, the cheap ones first."""
@@ -457,9 +453,8 @@ class CorrelationsConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scale = self.logit_scale
-        require("logit_scale", scale, 0 < scale < math.inf, "positive and finite")
-        require_seeds(self.seeds)
+        require_positive(self, "logit_scale")
+        require_seeds(self, "seeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,29 +484,21 @@ class ConsistencyConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_methods("methods", self.methods)
+        require_kinds(self, methods=Method)
+        require_distinct(self, "methods", "methods")
         for method in self.methods:
             _require_mask_opens(method, self.threshold)
-        require_seeds(self.seeds)
-        require_seed("search_seed", self.search_seed)
-        epsilon = self.epsilon
-        require("epsilon", epsilon, 0 < epsilon < math.inf, "positive and finite")
-        ascending = list(self.distances) == sorted(set(self.distances)) != []
-        rule = "one or more different numbers in ascending order"
-        require("distances", self.distances, ascending, rule)
-        for distance in self.distances:
-            fine = 0 < distance < math.inf
-            require("distances", distance, fine, "positive and finite")
+        require_seeds(self, "seeds", "search_seed")
+        require_positive(self, "epsilon")
+        require_ascending(self, "distances")
+        require_positive(self, "distances")
         most = self.num_envs * (self.num_envs - 1)
         fine = 1 <= self.num_pairs <= most
         require("num_pairs", self.num_pairs, fine, f"between 1 and {most}")
         fine = 1 <= self.examples <= self.examples_per_env
         rule = f"between 1 and examples_per_env ({self.examples_per_env})"
         require("examples", self.examples, fine, rule)
-        for field in ("search_starts", "search_steps", "searches_at_once"):
-            require(
-                field, getattr(self, field), getattr(self, field) >= 1, "at least 1"
-            )
+        require_at_least(self, 1, "search_starts", "search_steps", "searches_at_once")
 
     def train_configs(self) -> list[TrainConfig]:
         """The config of every network's run."""
@@ -523,22 +510,6 @@ class ConsistencyConfig(Settings):
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchOptions(WorkerOptions):
-    """Where to write, with how many processes, and where the trials are kept."""
-
-    storage: str | None = None
-    """Database URL or journal file that several commands share, each with an --out of
-    its own; without it a journal in the run directory."""
-
-
-def _require_methods(field: str, methods: tuple[Method, ...]) -> None:
-    for method in methods:
-        require_choice(field, method, METHODS)
-    distinct = len(set(methods)) == len(methods) > 0
-    require(field, methods, distinct, "one or more different methods")
-
-
 def _require_mask_opens(method: Method, threshold: float) -> None:
     if method == "sand_mask":
         rule = "below 1 for sand_mask, whose mask is 0 at an agreement of the threshold"
@@ -547,7 +518,7 @@ def _require_mask_opens(method: Method, threshold: float) -> None:
 
 def shared_settings(config: Settings) -> dict[str, Any]:
     """The fields of `config` that all subcommands have."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)}
+    return fields_of(config, Settings)
 
 
 # The recipe, the same for every method, is the defaults of `Settings`. Presets change

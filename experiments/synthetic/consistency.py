@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 
 import hardvary
+from experiments.common.networks import Variables
 from experiments.synthetic.config import ConsistencyConfig, Method
 from experiments.synthetic.data import Split
-from experiments.synthetic.model import Variables
 from experiments.synthetic.training import apply_for
 
 Variation = Literal["weights", "scales"]

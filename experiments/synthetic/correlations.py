@@ -23,12 +23,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hardvary
+from experiments.common.networks import Variables
 from experiments.synthetic.config import Settings
 from experiments.synthetic.data import MECHANISM_DIMS, Split
 from experiments.synthetic.model import (
     Apply,
     Architecture,
-    Variables,
     init_variables,
     make_apply,
 )

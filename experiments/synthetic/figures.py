@@ -15,6 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.common.networks import Variables
 from experiments.common.plots import (
     BLUE,
     METHOD_COLORS,
@@ -33,7 +34,7 @@ from experiments.synthetic.config import (
 )
 from experiments.synthetic.correlations import Signal
 from experiments.synthetic.data import MECHANISM_DIMS, Dataset
-from experiments.synthetic.model import Apply, Variables
+from experiments.synthetic.model import Apply
 from experiments.synthetic.training import apply_for
 
 REGION_COLORS = LinearSegmentedColormap.from_list(

@@ -5,29 +5,23 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 import hardvary
-
-Params = Any
-BatchStats = Any
+from experiments.common.networks import (
+    BatchStats,
+    Graph,
+    Variables,
+    graph_of,
+    merge_copy,
+    variables_of,
+)
 
 # The axis of environments: batch norm takes its statistics over all of them together.
 ENV_AXIS = "env"
-
-
-class Variables(NamedTuple):
-    """All that a network consists of.
-
-    `batch_stats` are the running means and variances of batch norm, without leaves
-    in a network that has none.
-    """
-
-    params: Params
-    batch_stats: BatchStats
 
 
 class Outputs(NamedTuple):
@@ -168,8 +162,7 @@ def _make_model(architecture: Architecture, rngs: nnx.Rngs) -> Classifier | DANN
 
 def init_variables(key: jax.Array, architecture: Architecture) -> Variables:
     """Initial parameters and batch statistics."""
-    model = _make_model(architecture, nnx.Rngs(key))
-    return Variables(nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat))
+    return variables_of(_make_model(architecture, nnx.Rngs(key)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -199,14 +192,12 @@ def make_train_apply(architecture: Architecture) -> TrainApply:
         dropout_key: jax.Array,
         reversal_scale: float,
     ) -> tuple[Outputs, BatchStats]:
-        # Copies, because what was made outside of a trace cannot be updated inside.
-        model = nnx.merge(graph, *variables, copy=True)
+        model = merge_copy(graph, variables)
         outputs = model(features, nnx.Rngs(dropout=dropout_key), reversal_scale)
         return outputs, nnx.state(model, nnx.BatchStat)
 
     return apply
 
 
-def _graph(architecture: Architecture) -> Any:
-    model = nnx.eval_shape(lambda: _make_model(architecture, nnx.Rngs(0)))
-    return nnx.graphdef(model)
+def _graph(architecture: Architecture) -> Graph:
+    return graph_of(functools.partial(_make_model, architecture))

@@ -13,6 +13,7 @@ import optuna
 
 from experiments.common.run_dir import RunDirError
 from experiments.common.search import Search
+from experiments.common.search_runs import heartbeat_for
 from experiments.synthetic.config import (
     PENALIZED,
     Rule,
@@ -140,8 +141,7 @@ def study_of(config: SearchConfig, directory: Path, storage: str | None) -> Sear
         first=() if recipe is None else (recipe,),
         space=settings,
         storage=storage,
-        # So that other machines notice when one is gone.
-        heartbeat=60 if storage is not None and "://" in storage else None,
+        heartbeat=heartbeat_for(storage),
         **own,
     )
 

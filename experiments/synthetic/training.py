@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import hardvary
+from experiments.common.networks import BatchStats, Params, Variables
 from experiments.common.run_dir import RunDir
 from experiments.common.training import run_epochs
 from experiments.synthetic.config import AGGREGATORS, Settings, TrainConfig
@@ -20,9 +21,6 @@ from experiments.synthetic.model import (
     ENV_AXIS,
     Apply,
     Architecture,
-    BatchStats,
-    Params,
-    Variables,
     init_variables,
     make_apply,
     make_train_apply,
@@ -405,16 +403,12 @@ def train(
     trainer = make_trainer(config)
     keys = make_keys(config.seed)
 
-    def epoch_fn(state: State, index: int) -> tuple[State, dict[str, Any]]:
-        state, metrics = trainer.epoch(state, dataset, keys, index)
-        # jit sorts the keys of dictionaries; the columns of metrics.csv keep ours.
-        return state, {name: metrics[name] for name in METRICS}
-
     state, history = run_epochs(
         run,
-        epoch_fn,
+        lambda state, index: trainer.epoch(state, dataset, keys, index),
         trainer.init(keys),
         config.epochs,
+        metrics=METRICS,
         checkpoint_every=config.checkpoint_every,
         progress=None if quiet else PROGRESS,
         title=config.method,

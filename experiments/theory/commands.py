@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import hardvary
-from experiments.common.cli import Invocation, RunOptions, announce
-from experiments.common.run_dir import RunDir
+from experiments.common.cli import Invocation, RunOptions, entered
 from experiments.theory import figures, noise, quadratics, regression, smooth, staircase
 from experiments.theory import landscapes as surfaces
 from experiments.theory.config import (
@@ -29,7 +28,6 @@ from experiments.theory.config import (
 
 EXPERIMENT = "theory"
 WRITTEN_STEPS = 40  # of a path, in a table
-Config = TypeVar("Config")
 
 
 class Outcome(NamedTuple):
@@ -40,60 +38,17 @@ class Outcome(NamedTuple):
     summary: Mapping[str, Any]
 
 
-def draw_landscapes(call: Invocation[LandscapesConfig, RunOptions]) -> None:
-    """Figure 1: surfaces, and where two descents end."""
-    _run(call, "figure1", _landscapes)
-
-
-def draw_means(call: Invocation[MeansConfig, RunOptions]) -> None:
-    """Figures 3 and 12: ellipses of Hessians and their means."""
-    _run(call, "figure3", _means)
-
-
-def draw_norms(call: Invocation[NormsConfig, RunOptions]) -> None:
-    """Figure 4: squared norms of noise, simulated, exact and bounded."""
-    _run(call, "figure4", _norms)
-
-
-def draw_staircase(call: Invocation[StaircaseConfig, RunOptions]) -> None:
-    """Figure 10: the sigmoids, and both losses along theta6."""
-    _run(call, "figure10", _staircase)
-
-
-def draw_pairs(call: Invocation[PairsConfig, RunOptions]) -> None:
-    """Figure 11: pairs of quadratic landscapes."""
-    _run(call, "figure11", _pairs)
-
-
-def run_regression(call: Invocation[RegressionConfig, RunOptions]) -> None:
-    """Three methods on four examples."""
-    _run(call, "regression", _regression)
-
-
-def run_descent(call: Invocation[DescentConfig, RunOptions]) -> None:
-    """Masked descents beside the rate of proposition 1."""
-    _run(call, "descent", _descent)
-
-
-def _run(
-    call: Invocation[Config, RunOptions],
-    name: str,
-    compute: Callable[[Config], Outcome],
-) -> None:
+def run(call: Invocation[Any, RunOptions], name: str) -> None:
     """Computes what is not there yet, writes NAME.csv and NAME.png, prints."""
     table, picture = f"{name}.csv", f"{name}.png"
-    with RunDir(
+    with entered(
+        call,
         call.run_path(EXPERIMENT, f"{name}-{call.options.preset}", ("seed", "seeds")),
         f"{EXPERIMENT} {name}",
-        call.config,
-        seed=getattr(call.config, "seed", None),
-        command=call.command,
-        overwrite=call.options.overwrite,
         outputs=(table, picture),
     ) as run:
-        announce(run)
         if not run.finished:
-            outcome = compute(call.config)
+            outcome = COMPUTE[name](call.config)
             run.write_metrics(outcome.rows, table)
             run.save_figure(picture, outcome.figure)
             run.finish(outcome.summary)
@@ -379,3 +334,14 @@ def _descent(config: DescentConfig) -> Outcome:
         summary[f"threshold {threshold:g}, final loss"] = float(run.loss[-1])
         summary[f"threshold {threshold:g}, largest share of bound"] = ratio
     return Outcome(rows, figures.draw_descent(least, bound), summary)
+
+
+COMPUTE: dict[str, Callable[[Any], Outcome]] = {
+    "figure1": _landscapes,
+    "figure3": _means,
+    "figure4": _norms,
+    "figure10": _staircase,
+    "figure11": _pairs,
+    "regression": _regression,
+    "descent": _descent,
+}

@@ -9,9 +9,16 @@ from typing import Literal, get_args
 from experiments.common.cli import Preset
 from experiments.common.validation import (
     require,
+    require_ascending,
+    require_at_least,
     require_choice,
-    require_seed,
+    require_distinct,
+    require_kinds,
+    require_non_negative,
+    require_positive,
+    require_positive_share,
     require_seeds,
+    require_share,
 )
 
 Method = Literal["erm", "and_mask", "geometric_mean"]
@@ -45,15 +52,14 @@ class LandscapesConfig:
     def __post_init__(self) -> None:
         require("sharpness", self.sharpness, 1 < self.sharpness <= 1e4, "in (1, 1e4]")
         require("angle", self.angle, 0 < self.angle < 45, "in (0, 45)")
-        require("threshold", self.threshold, 0 <= self.threshold <= 1, "in [0, 1]")
+        require_share(self, "threshold")
         # Beyond twice the inverse of the largest curvature, descent diverges.
         stable = 0 < self.learning_rate * self.sharpness < 2
         rule = f"positive and below 2 / sharpness ({2 / self.sharpness:g})"
         require("learning_rate", self.learning_rate, stable, rule)
-        _require_positive("epsilon", self.epsilon)
-        for field in ("steps", "starts_per_side", "searches"):
-            _require_count(field, getattr(self, field))
-        _require_count("resolution", self.resolution, 2)
+        require_positive(self, "epsilon")
+        require_at_least(self, 1, "steps", "starts_per_side", "searches")
+        require_at_least(self, 2, "resolution")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +80,7 @@ class MeansConfig:
             for value in getattr(self, field):
                 require(field, value, 1e-4 <= value <= 1e4, "between 1e-4 and 1e4")
         require("angle", self.angle, 0 < self.angle < 90, "in (0, 90)")
-        _require_positive("epsilon", self.epsilon)
+        require_positive(self, "epsilon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +101,13 @@ class NormsConfig:
     """Seed of all draws."""
 
     def __post_init__(self) -> None:
-        _require_count("components", self.components)
-        _require_count("repetitions", self.repetitions, 2)
-        _require_count("conditional_draws", self.conditional_draws, 2)
-        require("threshold", self.threshold, 0 <= self.threshold <= 1, "in [0, 1]")
-        ascending = list(self.num_envs) == sorted(set(self.num_envs)) != []
-        rule = "one or more different numbers in ascending order"
-        require("num_envs", self.num_envs, ascending, rule)
-        for number in self.num_envs:
-            _require_count("num_envs", number)
-        require_seed("seed", self.seed)
+        require_at_least(self, 1, "components")
+        require_at_least(self, 2, "repetitions")
+        require_at_least(self, 2, "conditional_draws")
+        require_share(self, "threshold")
+        require_ascending(self, "num_envs")
+        require_at_least(self, 1, "num_envs")
+        require_seeds(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +130,11 @@ class StaircaseConfig:
     """Distance from theta* that they keep within; 1.5 takes theta6 to -0.5."""
 
     def __post_init__(self) -> None:
-        _require_positive("epsilon", self.epsilon)
-        _require_count("points", self.points, 2)
-        _require_count("resolution", self.resolution, 2)
-        _require_count("searches", self.searches)
-        _require_positive("max_distance", self.max_distance)
+        require_positive(self, "epsilon")
+        require_at_least(self, 2, "points")
+        require_at_least(self, 2, "resolution")
+        require_at_least(self, 1, "searches")
+        require_positive(self, "max_distance")
         finite = math.isfinite(self.lowest) and self.lowest <= -0.5
         require("lowest", self.lowest, finite, "finite and at most -0.5")
         finite = math.isfinite(self.highest) and self.highest >= 1
@@ -151,7 +154,7 @@ class PairsConfig:
         require("ratios", self.ratios, len(self.ratios) > 0, "one or more numbers")
         for ratio in self.ratios:
             require("ratios", ratio, 1 <= ratio <= 1e4, "between 1 and 1e4")
-        _require_positive("epsilon", self.epsilon)
+        require_positive(self, "epsilon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,18 +187,15 @@ class RegressionConfig:
 
     def __post_init__(self) -> None:
         require_choice("train_envs", self.train_envs, (2, 4))
-        require_choice("decay", self.decay, get_args(Decay))
-        for field in ("noise", "weight_decay", "initial_std"):
-            value = getattr(self, field)
-            require(field, value, 0 <= value < math.inf, "non-negative and finite")
+        require_kinds(self, decay=Decay)
+        require_non_negative(self, "noise", "weight_decay", "initial_std")
         if self.fresh_noise and self.noise == 0:
             raise ValueError("fresh_noise needs noise above 0, got noise 0.0")
-        require("threshold", self.threshold, 0 <= self.threshold <= 1, "in [0, 1]")
-        _require_positive("learning_rate", self.learning_rate)
-        rate_decay = self.learning_rate_decay
-        require("learning_rate_decay", rate_decay, 0 < rate_decay <= 1, "in (0, 1]")
-        _require_count("steps", self.steps)
-        require_seeds(self.seeds)
+        require_share(self, "threshold")
+        require_positive(self, "learning_rate")
+        require_positive_share(self, "learning_rate_decay")
+        require_at_least(self, 1, "steps")
+        require_seeds(self, "seeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,26 +220,13 @@ class DescentConfig:
     """Seed of the problem."""
 
     def __post_init__(self) -> None:
-        for field in ("num_envs", "examples_per_env", "dims", "steps"):
-            _require_count(field, getattr(self, field))
-        shift = self.shift_std
-        require("shift_std", shift, 0 <= shift < math.inf, "non-negative and finite")
+        require_at_least(self, 1, "num_envs", "examples_per_env", "dims", "steps")
+        require_non_negative(self, "shift_std")
         # The proposition says nothing about longer steps.
-        require("step_size", self.step_size, 0 < self.step_size <= 1, "in (0, 1]")
-        distinct = len(set(self.thresholds)) == len(self.thresholds) > 0
-        rule = "one or more different numbers"
-        require("thresholds", self.thresholds, distinct, rule)
-        for threshold in self.thresholds:
-            require("thresholds", threshold, 0 <= threshold <= 1, "in [0, 1]")
-        require_seed("seed", self.seed)
-
-
-def _require_positive(field: str, value: float) -> None:
-    require(field, value, 0 < value < math.inf, "positive and finite")
-
-
-def _require_count(field: str, value: int, least: int = 1) -> None:
-    require(field, value, value >= least, f"at least {least}")
+        require_positive_share(self, "step_size")
+        require_distinct(self, "numbers", "thresholds")
+        require_share(self, "thresholds")
+        require_seeds(self, "seed")
 
 
 # The paper gives sizes for figure 4 and the regression alone. They take less than a

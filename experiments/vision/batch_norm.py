@@ -22,13 +22,14 @@ from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 import hardvary
-from experiments.common.cli import Invocation, announce
+from experiments.common.cli import Invocation
 from experiments.common.figures import (
     Drawings,
     figure_dir,
     finish_figures,
     redraw,
 )
+from experiments.common.networks import Variables
 from experiments.common.plots import (
     BLUE,
     GREEN,
@@ -36,11 +37,9 @@ from experiments.common.plots import (
     percent_axis,
     use_style,
 )
-from experiments.vision.config import BatchNorm, BatchNormConfig, Norm
+from experiments.vision.config import BatchNorm, BatchNormConfig, Norm, VisionOptions
 from experiments.vision.cost import seconds
 from experiments.vision.data import Images, load
-from experiments.vision.model import Variables
-from experiments.vision.options import VisionOptions
 from experiments.vision.training import (
     Dataset,
     GradientsFn,
@@ -59,14 +58,12 @@ Row = Mapping[str, Any]
 
 def run(call: Invocation[BatchNormConfig, VisionOptions]) -> None:
     """Trains without a mask, and compares the readings on one batch on the way."""
-    if call.options.results is not None:
-        redraw(call.options, DRAWINGS, (NAME,))
+    if redraw(call.options, DRAWINGS, (NAME,)):
         return
     config, options = call.config, call.options
     path = call.run_path("vision", f"batch-norm-{options.preset}")
     experiment = "vision batch-norm"
     with figure_dir(path, experiment, call, config, (NAME,), experiment) as run_dir:
-        announce(run_dir)
         if not run_dir.finished:
             sizes = (config.train_examples, config.test_examples)
             images = load(config.dataset, options.data_dir, *sizes)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tqdm import tqdm
-
-from experiments.common.cli import Invocation, announce
+from experiments.common.cli import Invocation
 from experiments.common.figures import (
     Drawings,
     figure_dir,
     finish_figures,
     redraw,
 )
-from experiments.common.pool import run_jobs
-from experiments.common.run_dir import METRICS as METRICS_FILE
-from experiments.common.run_dir import RunDir, RunDirError
+from experiments.common.parts import metrics_of, train_parts
+from experiments.common.run_dir import RunDir
+from experiments.common.tables import format_rows
 from experiments.vision.config import (
     LabelNoiseConfig,
     MemorizeConfig,
     TrainConfig,
+    VisionOptions,
 )
 from experiments.vision.data import load
 from experiments.vision.figures import (
@@ -30,7 +29,6 @@ from experiments.vision.figures import (
     draw_threshold_curves,
     draw_thresholds,
 )
-from experiments.vision.options import VisionOptions
 from experiments.vision.training import METRICS, train
 
 EXPERIMENT = "vision"
@@ -95,9 +93,9 @@ def label_noise(
 def figure(call: Invocation[Any, VisionOptions], number: Literal[8, 9, 16]) -> None:
     """Draws a figure from an earlier run, or makes the run that it needs."""
     name = f"figure{number}"
-    if call.options.results is not None:
-        redraw(call.options, DRAWINGS, (name,))
-    elif number == 9:
+    if redraw(call.options, DRAWINGS, (name,)):
+        return
+    if number == 9:
         label_noise(call, (name,))
     else:
         memorize(call, (name,))
@@ -114,19 +112,25 @@ def _run(
     tables_of: Callable[[Sequence[Outcome]], dict[str, list[dict[str, Any]]]],
 ) -> None:
     """Trains what a config lists, in one directory, and draws all `figures`."""
-    if call.options.results is not None:
-        redraw(call.options, DRAWINGS, figures)
+    if redraw(call.options, DRAWINGS, figures):
         return
     config, options = call.config, call.options
     path = call.run_path(EXPERIMENT, f"{name}-{options.preset}")
     with figure_dir(path, f"{EXPERIMENT} {name}", call, config, figures, TRAIN) as run:
-        announce(run)
         if not run.finished:
             jobs = [
-                (run.path / each.name, each, call.command, options.data_dir)
+                (
+                    run.path / each.name,
+                    each,
+                    call.command,
+                    options.data_dir,
+                    options.workers > 1,
+                )
                 for each in config.train_configs()
             ]
-            outcomes = _train_all(jobs, options.workers)
+            outcomes = train_parts(
+                run, _train_one, jobs, options.workers, one_worker_is_here=True
+            )
             summary = {"runs": [summarize(outcome) for outcome in outcomes]}
             finish_figures(run, DRAWINGS, tables_of(outcomes), summary)
         print(format_runs(run.summary()["runs"]))
@@ -134,35 +138,12 @@ def _run(
             print(f"Figure: {run.path / f'{figure_name}.png'}")
 
 
-Job = tuple[Path, TrainConfig, str, Path | None]
-
-
-def _train_all(jobs: Sequence[Job], workers: int) -> list[Outcome]:
-    """Outcomes of all jobs, in their order.
-
-    One worker is this process: a second one could not have the accelerator that this
-    one has taken.
-    """
-    outcomes: dict[str, Outcome] = {}
-    with tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
-        results: Iterator[Outcome]
-        if workers == 1:
-            results = (_train_one(*job) for job in jobs)
-        else:
-            quiet = [(*job, True) for job in jobs]
-            results = run_jobs(_train_one, quiet, workers)
-        for outcome in results:
-            outcomes[outcome.config.name] = outcome
-            bar.update()
-    return [outcomes[config.name] for _, config, _, _ in jobs]
-
-
 def _train_one(
     path: Path,
     config: TrainConfig,
     command: str,
     data_dir: Path | None,
-    quiet: bool = False,
+    quiet: bool,
 ) -> Outcome:
     with RunDir(path, TRAIN, config, seed=config.seed, command=command) as run:
         if not run.finished:
@@ -170,12 +151,7 @@ def _train_one(
             images = _load(config.dataset, data_dir, *sizes)
             history = train(config, run, images, quiet=quiet)
             run.finish({name: history[-1][name] for name in METRICS})
-        rows = run.read_metrics()
-        if len(rows) != config.epochs or not rows[0].keys() >= set(METRICS):
-            raise RunDirError(
-                f"{run.path / METRICS_FILE} is missing or damaged: remove {run.path} "
-                "and start again, which trains this run anew"
-            )
+        rows = metrics_of(run, config.epochs, METRICS)
         return Outcome(config, run.wall_time, rows)
 
 
@@ -221,24 +197,15 @@ def _epoch_rows(outcome: Outcome, describe: Describe) -> list[dict[str, Any]]:
 def format_runs(rows: Sequence[dict[str, Any]]) -> str:
     """Final accuracies of every run, as text."""
     columns = {
-        "redrawn": ("redrawn", ">7", ">7.0%"),
-        "threshold": ("threshold", ">9", ">9g"),
-        "lr": ("learning_rate", ">7", ">7g"),
-        "seed": ("seed", ">4", ">4"),
-        "train": ("train_accuracy", ">7", ">7.1%"),
-        "test": ("test_accuracy", ">7", ">7.1%"),
-        "wrong": ("mislabelled_given_accuracy", ">7", ">7.1%"),
-        "true": ("mislabelled_true_accuracy", ">7", ">7.1%"),
-        "kept": ("kept_fraction", ">8", ">8.2%"),
-        "seconds": ("seconds", ">8", ">8.1f"),
+        "redrawn": ("redrawn", ">7.0%"),
+        "threshold": ("threshold", ">9g"),
+        "lr": ("learning_rate", ">7g"),
+        "seed": ("seed", ">4"),
+        "train": ("train_accuracy", ">7.1%"),
+        "test": ("test_accuracy", ">7.1%"),
+        "wrong": ("mislabelled_given_accuracy", ">7.1%"),
+        "true": ("mislabelled_true_accuracy", ">7.1%"),
+        "kept": ("kept_fraction", ">8.2%"),
+        "seconds": ("seconds", ">8.1f"),
     }
-    header = " ".join(format(title, width) for title, (_, width, _) in columns.items())
-    lines = [
-        # NaN, where nothing is mislabelled, is a string in a summary.
-        " ".join(
-            format(row[name], spec if isinstance(row[name], int | float) else width)
-            for name, width, spec in columns.values()
-        )
-        for row in rows
-    ]
-    return "\n".join([header, "-" * len(header), *lines])
+    return format_rows(columns, rows)

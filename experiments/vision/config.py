@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal
 
 from experiments.common.choices import Preset
+from experiments.common.cli import FigureOptions
+from experiments.common.settings import fields_of
 from experiments.common.validation import (
     require,
-    require_choice,
-    require_seed,
+    require_at_least,
+    require_decay,
+    require_distinct,
+    require_kinds,
+    require_max_rescale,
+    require_non_negative,
+    require_positive,
+    require_positive_share,
     require_seeds,
+    require_share,
 )
 
 DatasetName = Literal["cifar10", "fashion_mnist", "generated"]
@@ -80,39 +89,32 @@ class Settings:
     """Epochs between checkpoints."""
 
     def __post_init__(self) -> None:
-        for field, kind in (
-            ("dataset", DatasetName),
-            ("norm", Norm),
-            ("batch_norm", BatchNorm),
-            ("decay_order", DecayOrder),
-            ("oracle", Oracle),
-        ):
-            require_choice(field, getattr(self, field), get_args(kind))
-        for field in (
+        require_kinds(
+            self,
+            dataset=DatasetName,
+            norm=Norm,
+            batch_norm=BatchNorm,
+            decay_order=DecayOrder,
+            oracle=Oracle,
+        )
+        require_at_least(
+            self,
+            1,
             "width",
             "epochs",
             "batch_size",
             "microbatch_size",
             "checkpoint_every",
-        ):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
+        )
         for field in ("train_examples", "test_examples"):
             value = getattr(self, field)
             good = value is None or (value >= 1 and value % NUM_CLASSES == 0)
             require(field, value, good, f"a multiple of {NUM_CLASSES}, or None")
-        for field in ("b1", "b2"):
-            value = getattr(self, field)
-            require(field, value, 0 <= value < 1, "in [0, 1)")
-        for field in ("eps", "weight_decay"):
-            value = getattr(self, field)
-            require(field, value, 0 <= value < math.inf, "non-negative and finite")
+        require_decay(self, "b1", "b2")
+        require_non_negative(self, "eps", "weight_decay")
         rising = all(a < b for a, b in zip((0, *self.drops), self.drops, strict=False))
         require("drops", self.drops, rising, "positive and in ascending order")
-        cap = self.max_rescale
-        require("max_rescale", cap, cap is None or cap >= 1, "at least 1, or None")
-        if cap is not None and not self.rescale:
-            raise ValueError(f"max_rescale needs rescale=True, got {cap!r} without it")
+        require_max_rescale(self)
         if self.train_examples is not None:
             require(
                 "batch_size",
@@ -143,11 +145,9 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("redrawn", "threshold"):
-            value = getattr(self, field)
-            require(field, value, 0 <= value <= 1, "in [0, 1]")
-        _require_learning_rate("learning_rate", self.learning_rate)
-        require_seed("seed", self.seed)
+        require_share(self, "redrawn", "threshold")
+        require_positive(self, "learning_rate")
+        require_seeds(self, "seed")
 
     @property
     def name(self) -> str:
@@ -173,14 +173,12 @@ class MemorizeConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_distinct("thresholds", self.thresholds)
-        for threshold in self.thresholds:
-            require("thresholds", threshold, 0 <= threshold <= 1, "in [0, 1]")
-        _require_distinct("labels", self.labels)
-        for labels in self.labels:
-            require_choice("labels", labels, get_args(Labels))
-        _require_learning_rate("learning_rate", self.learning_rate)
-        require_seeds(self.seeds)
+        require_distinct(self, "values", "thresholds")
+        require_share(self, "thresholds")
+        require_distinct(self, "values", "labels")
+        require_kinds(self, labels=Labels)
+        require_positive(self, "learning_rate")
+        require_seeds(self, "seeds")
 
     def train_configs(self) -> list[TrainConfig]:
         """The config of every run; all of one seed before the next seed."""
@@ -218,15 +216,13 @@ class LabelNoiseConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("fraction", self.fraction, 0 < self.fraction <= 1, "in (0, 1]")
-        _require_distinct("methods", self.methods)
-        for method in self.methods:
-            require_choice("methods", method, get_args(Method))
-        require("threshold", self.threshold, 0 < self.threshold <= 1, "in (0, 1]")
-        _require_distinct("learning_rates", self.learning_rates)
-        for rate in self.learning_rates:
-            _require_learning_rate("learning_rates", rate)
-        require_seeds(self.seeds)
+        require_positive_share(self, "fraction")
+        require_distinct(self, "values", "methods")
+        require_kinds(self, methods=Method)
+        require_positive_share(self, "threshold")
+        require_distinct(self, "values", "learning_rates")
+        require_positive(self, "learning_rates")
+        require_seeds(self, "seeds")
 
     def train_configs(self) -> list[TrainConfig]:
         """The config of every run; all of one seed before the next seed."""
@@ -271,17 +267,16 @@ class BatchNormConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_distinct("looks", self.looks)
+        require_distinct(self, "values", "looks")
         rising = sorted(self.looks) == list(self.looks)
         in_range = rising and self.looks[0] >= 0 and self.looks[-1] <= self.epochs
         rule = f"in ascending order, between 0 and epochs ({self.epochs})"
         require("looks", self.looks, in_range, rule)
         # The figure has a line style for each.
         require("looks", self.looks, len(self.looks) <= 4, "at most 4")
-        _require_distinct("thresholds", self.thresholds)
-        for threshold in self.thresholds:
-            require("thresholds", threshold, 0 < threshold <= 1, "in (0, 1]")
-        require("rounds", self.rounds, self.rounds >= 1, "at least 1")
+        require_distinct(self, "values", "thresholds")
+        require_positive_share(self, "thresholds")
+        require_at_least(self, 1, "rounds")
         # The rest of what is asked of a training.
         self.train_config("batch")
 
@@ -306,8 +301,8 @@ class CostConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("threshold", self.threshold, 0 < self.threshold <= 1, "in (0, 1]")
-        require("rounds", self.rounds, self.rounds >= 1, "at least 1")
+        require_positive_share(self, "threshold")
+        require_at_least(self, 1, "rounds")
 
     def train_config(self, norm: Norm, threshold: float) -> TrainConfig:
         """One of the trainings."""
@@ -316,18 +311,18 @@ class CostConfig(Settings):
         )
 
 
-def _require_distinct(field: str, values: tuple[object, ...]) -> None:
-    distinct = len(set(values)) == len(values) > 0
-    require(field, values, distinct, "one or more different values")
+@dataclasses.dataclass(frozen=True)
+class VisionOptions(FigureOptions):
+    """Where the data are and where to write, and with how many processes."""
 
-
-def _require_learning_rate(field: str, rate: float) -> None:
-    require(field, rate, 0 < rate < math.inf, "positive and finite")
+    data_dir: Path | None = None
+    """Folder with the official files of the dataset; without it they are looked for
+    where Debian installs them, then asked of tensorflow-datasets."""
 
 
 def shared_settings(config: Settings) -> dict[str, Any]:
     """The fields of `config` that all runs have."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)}
+    return fields_of(config, Settings)
 
 
 SMOKE: dict[str, Any] = {

@@ -10,12 +10,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from experiments.common.cli import Invocation, announce
-from experiments.common.run_dir import RunDir
-from experiments.vision.config import CostConfig, TrainConfig
+from experiments.common.cli import Invocation, entered
+from experiments.vision.config import CostConfig, TrainConfig, VisionOptions
 from experiments.vision.data import Images, load
 from experiments.vision.model import init_variables
-from experiments.vision.options import VisionOptions
 from experiments.vision.training import (
     architecture_for,
     dataset_for,
@@ -46,15 +44,7 @@ def run(call: Invocation[CostConfig, VisionOptions]) -> None:
     """
     config, options = call.config, call.options
     path = call.run_path("vision", f"cost-{options.preset}")
-    with RunDir(
-        path,
-        "vision cost",
-        config,
-        command=call.command,
-        overwrite=options.overwrite,
-        outputs=(ROUNDS,),
-    ) as run_dir:
-        announce(run_dir)
+    with entered(call, path, "vision cost", outputs=(ROUNDS,)) as run_dir:
         if not run_dir.finished:
             sizes = (config.train_examples, config.test_examples)
             images = load(config.dataset, options.data_dir, *sizes)

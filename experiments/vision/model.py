@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +17,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.common.maximum import larger
+from experiments.common.networks import (
+    Apply,
+    Graph,
+    TrainApply,
+    Variables,
+    apply_of,
+    graph_of,
+    train_apply_of,
+    variables_of,
+)
 from experiments.vision.config import NUM_CLASSES, POOLING, Norm
-
-Params = Any
-BatchStats = Any
 
 # The axis of examples: batch norm takes its statistics over all of them together.
 ENV_AXIS = "env"
@@ -30,7 +36,7 @@ LOGIT_SCALE = 0.125
 GROUPS = 8
 # Of ImageNet's red, green and blue, in units of the largest value.
 MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
+STD = (0.229, 0.224, 0.225)
 
 # Weight tensors in the order of the forward pass.
 LAYERS = (
@@ -48,17 +54,6 @@ LAYERS = (
 NORMS = "norms"
 
 
-class Variables(NamedTuple):
-    """All that a network consists of.
-
-    `batch_stats` are the running means and variances of batch norm, without leaves
-    with group norm.
-    """
-
-    params: Params
-    batch_stats: BatchStats
-
-
 class Architecture(NamedTuple):
     """What a network depends on."""
 
@@ -68,25 +63,19 @@ class Architecture(NamedTuple):
     norm: Norm = "batch"
 
 
-# Variables and images uint8 [batch, height, width, channel] to logits [batch, class].
-Apply = Callable[[Variables, jax.Array], jax.Array]
-# The same to logits and the new batch_stats.
-TrainApply = Callable[[Variables, jax.Array], tuple[jax.Array, BatchStats]]
-
-
 def normalize(images: jax.Array) -> jax.Array:
-    """Images uint8 [..., channel] as float32, by ImageNet's mean and deviation.
+    """Images uint8 [..., channel] as float32, by ImageNet's mean and std.
 
     The authors' script does so for CIFAR-10. Gray images take the average over the
     three channels of both numbers, 0.449 and 0.226.
     """
-    mean, deviation = jnp.array(MEAN), jnp.array(DEVIATION)
+    mean, std = jnp.array(MEAN), jnp.array(STD)
     if images.shape[-1] == 1:
-        mean, deviation = mean.mean(keepdims=True), deviation.mean(keepdims=True)
+        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
     # One multiplication and one addition, written so that ranks agree.
     shape = (1,) * (images.ndim - 1) + (-1,)
-    mean, deviation = mean.reshape(shape), deviation.reshape(shape)
-    return (images.astype(jnp.float32) / 255 - mean) / deviation
+    mean, std = mean.reshape(shape), std.reshape(shape)
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 class Block(nnx.Module):
@@ -218,19 +207,12 @@ def _halve(x: jax.Array) -> jax.Array:
 
 def init_variables(key: jax.Array, architecture: Architecture) -> Variables:
     """Initial parameters and batch statistics."""
-    model = FastResNet(architecture, rngs=nnx.Rngs(key))
-    return Variables(nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat))
+    return variables_of(FastResNet(architecture, rngs=nnx.Rngs(key)))
 
 
 def make_apply(architecture: Architecture) -> Apply:
     """The network in evaluation, as a pure function to logits."""
-    graph = _graph(architecture, None)
-
-    def apply(variables: Variables, images: jax.Array) -> jax.Array:
-        model: Any = nnx.merge(graph, *variables)
-        return model(images)
-
-    return apply
+    return apply_of(_graph(architecture, None))
 
 
 def make_train_apply(
@@ -240,22 +222,12 @@ def make_train_apply(
 
     With an `axis_name` it is to be called under a vmap over that axis.
     """
-    graph = _graph(architecture, axis_name)
-
-    def apply(variables: Variables, images: jax.Array) -> tuple[jax.Array, BatchStats]:
-        # Copies, because what was made outside of a trace cannot be updated inside.
-        model: Any = nnx.merge(graph, *variables, copy=True)
-        return model(images, training=True), nnx.state(model, nnx.BatchStat)
-
-    return apply
+    return train_apply_of(_graph(architecture, axis_name))
 
 
 @functools.lru_cache(maxsize=16)
-def _graph(architecture: Architecture, axis_name: str | None) -> Any:
-    model = nnx.eval_shape(
-        lambda: FastResNet(architecture, axis_name, rngs=nnx.Rngs(0))
-    )
-    return nnx.graphdef(model)
+def _graph(architecture: Architecture, axis_name: str | None) -> Graph:
+    return graph_of(lambda rngs: FastResNet(architecture, axis_name, rngs=rngs))
 
 
 def layer_of(path: tuple[Any, ...]) -> str:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 
 import hardvary
+from experiments.common.epochs import Metrics, State, Trainer, logits_of, make_epoch
+from experiments.common.networks import BatchStats, Params, Variables
 from experiments.vision.config import Settings, TrainConfig, shared_settings
 from experiments.vision.data import DataError, Images, redraw_labels
 from experiments.vision.model import (
@@ -19,9 +21,6 @@ from experiments.vision.model import (
     LAYERS,
     NORMS,
     Architecture,
-    BatchStats,
-    Params,
-    Variables,
     init_variables,
     layer_of,
     make_apply,
@@ -50,15 +49,6 @@ PROGRESS = {
     "test": ("test_accuracy", ".1%"),
     "kept": ("kept_fraction", ".2%"),
 }
-# Images that are evaluated at a time.
-EVALUATED_AT_ONCE = 500
-
-
-class State(NamedTuple):
-    """What training carries from step to step."""
-
-    variables: Variables
-    opt_state: optax.OptState
 
 
 class Examples(NamedTuple):
@@ -110,17 +100,6 @@ class Step(NamedTuple):
 
     loss: jax.Array
     kept: Kept
-
-
-class Trainer(NamedTuple):
-    """The compiled functions of one setting; seeds, rates and labels share them.
-
-    `init(key)` gives the initial state, and `epoch(state, dataset, key, index, rates)`
-    the state after one more epoch and its metrics.
-    """
-
-    init: Callable[[jax.Array], State]
-    epoch: Callable[..., tuple[State, dict[str, jax.Array]]]
 
 
 def make_keys(seed: int) -> Keys:
@@ -332,14 +311,8 @@ def make_trainer(
     Args:
       config: what to train. A threshold of 0 is plain training, at its cost.
       channels: of the images.
-      in_one_piece: whether an epoch is one compiled function. If not, each of its steps
-        is one, and nothing leaves the device in between either. The default is no on
-        CPU: XLA's compiler brings the convolutions of a backward pass into the form
-        that it has fast code for only outside of loops; in a scan they take 15 to 100
-        times as long.
+      in_one_piece: see `experiments.common.epochs.make_epoch`.
     """
-    if in_one_piece is None:
-        in_one_piece = jax.default_backend() != "cpu"
     elsewhere = {"epochs": 1, "drops": (), "checkpoint_every": 1}
     settings = Settings(**{**shared_settings(config), **elsewhere})
     return _make_trainer(settings, channels, config.threshold > 0, in_one_piece)
@@ -360,7 +333,7 @@ def _make_init(config: Settings, channels: int) -> Callable[[jax.Array], State]:
 
 @functools.lru_cache(maxsize=16)
 def _make_trainer(
-    config: Settings, channels: int, masked: bool, in_one_piece: bool
+    config: Settings, channels: int, masked: bool, in_one_piece: bool | None
 ) -> Trainer:
     optimizer = make_optimizer(config)
     make_gradients = make_voting_gradients if masked else make_plain_gradients
@@ -390,9 +363,7 @@ def _make_trainer(
         key = jax.random.fold_in(key, index)
         return epoch_order(key, examples, config.batch_size)
 
-    def end(
-        state: State, dataset: Dataset, steps: Step, rates: Rates
-    ) -> dict[str, jax.Array]:
+    def end(state: State, dataset: Dataset, steps: Step, rates: Rates) -> Metrics:
         """The metrics of an epoch, from what its steps report."""
         mean = jax.tree.map(jnp.mean, steps)
         return {
@@ -403,32 +374,8 @@ def _make_trainer(
             **{f"kept_{layer}": share for layer, share in mean.kept.layers.items()},
         }
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def whole_epoch(
-        state: State, dataset: Dataset, key: jax.Array, index: jax.Array, rates: Rates
-    ) -> tuple[State, dict[str, jax.Array]]:
-        order = order_of(dataset, key, index)
-        state, steps = jax.lax.scan(
-            lambda state, rows: step(state, dataset, rows, rates), state, order
-        )
-        return state, end(state, dataset, steps, rates)
-
-    order_alone, end_alone = jax.jit(order_of), jax.jit(end)
-    step_alone = jax.jit(step, donate_argnums=0)
-
-    def stepwise_epoch(
-        state: State, dataset: Dataset, key: jax.Array, index: jax.Array, rates: Rates
-    ) -> tuple[State, dict[str, jax.Array]]:
-        order = order_alone(dataset, key, index)
-        steps = []
-        for rows in order:
-            state, report = step_alone(state, dataset, rows, rates)
-            steps.append(report)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
-        return state, end_alone(state, dataset, stacked, rates)
-
     return Trainer(
-        _make_init(config, channels), whole_epoch if in_one_piece else stepwise_epoch
+        _make_init(config, channels), make_epoch(order_of, step, end, in_one_piece)
     )
 
 
@@ -448,22 +395,17 @@ def epoch_order(key: jax.Array, examples: int, batch_size: int) -> jax.Array:
 
 def evaluate(
     architecture: Architecture, variables: Variables, dataset: Dataset
-) -> dict[str, jax.Array]:
+) -> Metrics:
     """Losses and accuracies in evaluation mode, on all examples.
 
     Where nothing is mislabelled, the accuracies on that part are NaN.
     """
     apply = make_apply(architecture)
 
-    def logits_of(images: jax.Array) -> jax.Array:
-        return jax.lax.map(
-            lambda image: apply(variables, image[None])[0],
-            images,
-            batch_size=min(EVALUATED_AT_ONCE, len(images)),
-        )
-
     train, test = dataset
-    logits, test_logits = logits_of(train.images), logits_of(test.images)
+    logits, test_logits = (
+        logits_of(apply, variables, split.images) for split in dataset
+    )
     predicted, test_predicted = logits.argmax(-1), test_logits.argmax(-1)
     mislabelled = train.given != train.true
 
@@ -501,17 +443,16 @@ def train(
     trainer = make_trainer(config, images.train.images.shape[-1])
     dataset, keys = dataset_for(config, images), make_keys(config.seed)
 
-    def epoch_fn(state: State, index: int) -> tuple[State, dict[str, Any]]:
+    def epoch_fn(state: State, index: int) -> tuple[State, Metrics]:
         rates = rates_at(config, index)
-        state, metrics = trainer.epoch(state, dataset, keys.batches, index, rates)
-        # jit sorts the keys of dictionaries; the columns of metrics.csv keep ours.
-        return state, {name: metrics[name] for name in METRICS}
+        return trainer.epoch(state, dataset, keys.batches, index, rates)
 
     _, history = run_epochs(
         run,
         epoch_fn,
         trainer.init(keys.model),
         config.epochs,
+        metrics=METRICS,
         checkpoint_every=config.checkpoint_every,
         progress=None if quiet else PROGRESS,
         title=config.name,

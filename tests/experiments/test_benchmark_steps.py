@@ -96,6 +96,8 @@ def test_workload_has_float32_parameters_and_one_loss_per_environment(name):
         ("mlp_80x1", (80, 1), 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10),
         ("mlp_16x128", (16, 128), 18 * 256 + 256 + 2 * (256 * 256 + 256) + 257),
         ("cnn_80x1", (80, 1), 896 + 18496 + 73856 + 2048 * 10 + 10),
+        # 3x3 kernels and norms from 16 to 128 channels, and a head without biases.
+        ("fastresnet_80x1", (80, 1), 9 * 45_616 + 2 * 560 + 1280),
     ],
 )
 def test_workload_at_full_size_is_the_one_it_names(name, batch, parameters):

@@ -24,7 +24,7 @@ from experiments.coinrun.student.config import (
 )
 from experiments.coinrun.student.rerun import DRAWINGS as RERUN_DRAWINGS
 from experiments.coinrun.student.rerun import load_selected
-from experiments.coinrun.student.search import bootstrap
+from experiments.common.bootstrap import bootstrap
 from experiments.common.figures import read_table
 from experiments.common.files import file_sha256
 from tests.experiments.conftest import ROOT

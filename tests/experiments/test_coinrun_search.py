@@ -27,10 +27,9 @@ from experiments.coinrun.student.search import (
     WORST_KL,
     Objective,
     best_trials,
-    bootstrap,
-    bootstrap_difference,
     study_of,
 )
+from experiments.common.bootstrap import bootstrap, bootstrap_difference
 from experiments.common.cli import main
 from experiments.common.search import open_study
 from tests.experiments.conftest import ROOT
@@ -270,7 +269,7 @@ def test_search_tables_and_figures_are_the_best_trials(searched, tmp_path, capsy
         searched / "trials.csv"
     ).read_bytes()
     assert coinrun(*SHORT, "--trials", 2, "--out", searched) == 2
-    assert "has 3 finished trials of each method already" in capsys.readouterr().err
+    assert "has 3 finished trials already" in capsys.readouterr().err
 
 
 def test_search_killed_at_random_moments_and_resumed_has_every_trial_once(tmp_path):

@@ -297,7 +297,7 @@ def test_overwrite_discards_every_part_before_it_trains(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "_train", stop)
-    monkeypatch.setattr(commands, "_run_jobs", stop)
+    monkeypatch.setattr(commands, "_train_all", stop)
     # Another subcommand changes nothing.
     assert synthetic("train", "--out", path, "--overwrite") == 2
     assert len(list(path.rglob("summary.json"))) == len(parts)

@@ -229,7 +229,7 @@ def test_figure_overwrite_discards_every_part(tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "_run_jobs", stop)
+    monkeypatch.setattr(commands, "_train_all", stop)
     assert figure(6, *TINY, "--out", path, "--overwrite") == 130
     assert not list(path.rglob("summary.json"))
 

@@ -21,7 +21,7 @@ from experiments.coinrun.expert.figures import draw_learning_curve
 from experiments.coinrun.expert.saved import Expert, load_expert, save_expert
 from experiments.coinrun.expert.training import SPEED, train
 from experiments.coinrun.game import EVALUATION_LEVELS, GameMode, require_game
-from experiments.common.cli import Invocation, RunOptions, announce
+from experiments.common.cli import Invocation, RunOptions, entered
 from experiments.common.figures import read_table
 from experiments.common.files import file_sha256
 from experiments.common.run_dir import METRICS, RunDir
@@ -37,16 +37,9 @@ def expert(call: Invocation[ExpertConfig, RunOptions]) -> None:
     config, options = call.config, call.options
     require_game()
     path = call.run_path(EXPERIMENT, f"expert-{options.preset}")
-    with RunDir(
-        path,
-        f"{EXPERIMENT} expert",
-        config,
-        seed=config.seed,
-        command=call.command,
-        overwrite=options.overwrite,
-        outputs=(EXPERT, EPISODES, SPEED, CURVE),
+    with entered(
+        call, path, f"{EXPERIMENT} expert", outputs=(EXPERT, EPISODES, SPEED, CURVE)
     ) as run:
-        announce(run)
         if not run.finished:
             trained, _ = train(config, run)
             save_expert(run.path / EXPERT, trained)
@@ -71,16 +64,9 @@ def evaluate_expert(call: Invocation[EvaluateConfig, ExpertFileOptions]) -> None
     sha256 = file_sha256(options.expert_file)
     identity = {**dataclasses.asdict(config), "expert_sha256": sha256}
     path = call.run_path(EXPERIMENT, f"evaluate-{options.preset}-{sha256[:8]}")
-    with RunDir(
-        path,
-        f"{EXPERIMENT} evaluate",
-        identity,
-        seed=config.seed,
-        command=call.command,
-        overwrite=options.overwrite,
-        outputs=(EPISODES,),
+    with entered(
+        call, path, f"{EXPERIMENT} evaluate", identity, outputs=(EPISODES,)
     ) as run:
-        announce(run)
         if not run.finished:
             results = _evaluate(run, saved, config.levels, mode, config.seed)
             run.finish({"mode": mode, **results})

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from experiments.coinrun.game import EVALUATION_LEVELS, GameMode
 from experiments.common.choices import Preset
 from experiments.common.cli import RunOptions
-from experiments.common.validation import require, require_choice, require_seed
+from experiments.common.validation import (
+    require,
+    require_at_least,
+    require_kinds,
+    require_non_negative,
+    require_positive,
+    require_seeds,
+    require_share,
+)
 
 # Frames that a network takes at a time; XLA's CPU code is fastest where what a layer
 # computes fits into the cache.
@@ -50,18 +57,10 @@ class PpoConfig:
     """Frames in a step of Adam."""
 
     def __post_init__(self) -> None:
-        for field in ("gamma", "gae_lambda", "final_rate"):
-            value = getattr(self, field)
-            require(field, value, 0 <= value <= 1, "in [0, 1]")
-        for field in ("clip_eps", "max_grad_norm", "learning_rate"):
-            value = getattr(self, field)
-            require(field, value, 0 < value < math.inf, "positive and finite")
-        for field in ("vf_coef", "ent_coef", "eps"):
-            value = getattr(self, field)
-            require(field, value, 0 <= value < math.inf, "non-negative and finite")
-        for field in ("update_epochs", "minibatch_size"):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
+        require_share(self, "gamma", "gae_lambda", "final_rate")
+        require_positive(self, "clip_eps", "max_grad_norm", "learning_rate")
+        require_non_negative(self, "vf_coef", "ent_coef", "eps")
+        require_at_least(self, 1, "update_epochs", "minibatch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +107,10 @@ class ExpertConfig(PpoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("mode", self.mode, get_args(GameMode))
-        for field in (
+        require_kinds(self, mode=GameMode)
+        require_at_least(
+            self,
+            1,
             "width",
             "hidden",
             "num_envs",
@@ -117,11 +118,9 @@ class ExpertConfig(PpoConfig):
             "workers",
             "block",
             "checkpoint_every",
-        ):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
+        )
         require_evaluation_levels("evaluation_levels", self.evaluation_levels)
-        require_seed("seed", self.seed)
+        require_seeds(self, "seed")
         parts = self.workers
         require(
             "num_envs",
@@ -175,7 +174,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require_evaluation_levels("levels", self.levels)
-        require_seed("seed", self.seed)
+        require_seeds(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,6 @@ from experiments.coinrun.expert.config import MICROBATCH, ExpertFileOptions
 from experiments.coinrun.expert.saved import Expert, load_expert
 from experiments.coinrun.student import search as trials
 from experiments.coinrun.student.config import (
-    SELECTED,
     DataOptions,
     DatasetConfig,
     Method,
@@ -50,27 +49,33 @@ from experiments.coinrun.student.figures import animation, draw_best, draw_curve
 from experiments.coinrun.student.resnet import make_apply
 from experiments.coinrun.student.training import (
     METRICS,
-    State,
     architecture_for,
     constant_kl,
     make_keys,
     make_trainer,
 )
 from experiments.coinrun.student.training import train as train_student
-from experiments.common import search as studies
+from experiments.common.bootstrap import bootstrap, bootstrap_difference
 from experiments.common.checkpoints import Checkpoints
-from experiments.common.cli import Invocation, announce
+from experiments.common.cli import Invocation, announce, entered
+from experiments.common.epochs import State
 from experiments.common.figures import Drawings, finish_figures, redraw
 from experiments.common.files import atomic_write, file_sha256, write_json
 from experiments.common.run_dir import CHECKPOINT, RunDir, RunDirError
 from experiments.common.run_dir import METRICS as METRICS_FILE
+from experiments.common.search_runs import (
+    SELECTED,
+    TRIALS_TABLE,
+    run_missing,
+    search_dir,
+)
+from experiments.common.tables import format_rows
 
 EXPERIMENT = "coinrun"
 TRAIN = f"{EXPERIMENT} train"
 SHEET = "levels.png"
 EPISODES = "episodes.csv"
 ANIMATION = "play.gif"
-TRIALS_TABLE = "trials.csv"
 DRAWINGS: Drawings = {"best": draw_best, "figure18": draw_curves}
 
 # Columns of best.csv, which is table 3 with what else there is to say.
@@ -86,16 +91,13 @@ def dataset(call: Invocation[DatasetConfig, ExpertFileOptions]) -> None:
         game.require_game()
         expert = _expert_for(config.mode, options.expert_file)
         identity["expert_sha256"] = file_sha256(options.expert_file)
-    with RunDir(
+    with entered(
+        call,
         _default_path(call, "dataset"),
         f"{EXPERIMENT} dataset",
         identity,
-        seed=config.seed,
-        command=call.command,
-        overwrite=options.overwrite,
         outputs=(data.MANIFEST, *data.ARRAYS, SHEET),
     ) as run:
-        announce(run)
         if not run.finished:
             if expert is None:
                 collected = data.generate(config)
@@ -338,16 +340,13 @@ def play(call: Invocation[PlayConfig, PlayOptions]) -> None:
         "student": student.identity,
         "expert_sha256": file_sha256(options.expert_file),
     }
-    with RunDir(
+    with entered(
+        call,
         _default_path(call, "play"),
         f"{EXPERIMENT} play",
         identity,
-        seed=config.seed,
-        command=call.command,
-        overwrite=options.overwrite,
         outputs=(EPISODES, ANIMATION),
     ) as run:
-        announce(run)
         if not run.finished:
             levels = game.EVALUATION_LEVELS[: config.levels]
 
@@ -405,44 +404,20 @@ class Recorder:
 def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
     """Searches with every method; draws and tabulates the best trials of each."""
     config, options = call.config, call.options
-    if options.results is not None:
-        redraw(options, DRAWINGS, tuple(DRAWINGS))
+    if redraw(options, DRAWINGS, tuple(DRAWINGS)):
         return
-    if options.overwrite and options.storage is not None:
-        raise RunDirError(
-            "--overwrite leaves the trials in --storage as they are: choose another "
-            "storage, or delete the studies there and start without --overwrite"
-        )
     directory = options.data_dir.absolute()
     _, digest = data.load(config.dataset, directory)
-    # More trials continue a finished search, and it can show more or fewer of the best:
-    # neither number is a part of its identity.
-    identity = {**dataclasses.asdict(config), "data_sha256": digest}
-    del identity["trials"], identity["top"]
     name = f"search-{options.preset}-seed{config.seed}"
-    with RunDir(
+    with search_dir(
+        call,
         call.run_path(EXPERIMENT, name, ("seed", "trials", "top")),
         f"{EXPERIMENT} search",
-        identity,
-        seed=config.seed,
-        command=call.command,
-        overwrite=options.overwrite,
-        outputs=(
-            *(f"{figure}{end}" for figure in DRAWINGS for end in (".csv", ".png")),
-            TRIALS_TABLE,
-            SELECTED,
-            studies.JOURNAL,
-        ),
+        {"data_sha256": digest},
+        # It can also show more or fewer of the best.
+        ("trials", "top"),
+        [f"{figure}{end}" for figure in DRAWINGS for end in (".csv", ".png")],
     ) as run:
-        done = run.summary()["trials"] if run.finished else config.trials
-        if done > config.trials:
-            raise RunDirError(
-                f"{run.path} has {done} finished trials of each method already: ask "
-                f"for as many or more, not for {config.trials}"
-            )
-        if run.finished and (done, run.summary()["top"]) != (config.trials, config.top):
-            run.reopen()
-        announce(run)
         if not run.finished:
             tables = {
                 method: _search(run, config, method, options, directory, digest)
@@ -466,27 +441,17 @@ def _search(
     directory: Path,
     digest: str,
 ) -> Table:
-    """Runs the trials of a method that are missing; the rows of all."""
+    """The rows of all trials of a method."""
     study = trials.study_of(config, method, run.path, options.storage, digest)
     objective = trials.Objective(config, method, directory, digest)
-    rows = studies.table(studies.open_study(study))
-    best = _lowest(rows)
-    # The run directory is locked, and the journal in it.
-    results = studies.run(
-        study, objective, options.workers, alone=options.storage is None
-    )
-    with tqdm(
-        total=study.trials, initial=len(rows), unit="trial", desc=method, smoothing=0
-    ) as bar:
-        for row in results:
-            best = min(best, _lowest([row]))
-            bar.set_postfix({"lowest test KL": f"{best:.4f}"}, refresh=False)
-            bar.update()
-            run.save_manifest()
-    return studies.table(studies.open_study(study))
+
+    def show(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        return {"lowest test KL": f"{_lowest(rows):.4f}"}
+
+    return run_missing(run, study, objective, options.workers, show, method)
 
 
-def _lowest(rows: Table) -> float:
+def _lowest(rows: Sequence[Mapping[str, Any]]) -> float:
     kept = trials.best_trials(rows, 1)
     return kept[0]["min_test_kl"] if kept else math.inf
 
@@ -575,7 +540,7 @@ def _summarize_search(
         method: np.array([row["min_test_kl"] for row in rows])
         for method, rows in best.items()
     }
-    intervals = {method: trials.bootstrap(each) for method, each in values.items()}
+    intervals = {method: bootstrap(each) for method, each in values.items()}
     summary: dict[str, Any] = {
         "trials": config.trials,
         "top": config.top,
@@ -597,7 +562,7 @@ def _summarize_search(
         },
     }
     if set(values) == {"adam", "and_mask"}:
-        gain = trials.bootstrap_difference(values["adam"], values["and_mask"])
+        gain = bootstrap_difference(values["adam"], values["and_mask"])
         summary["adam_minus_and_mask"] = gain.as_row()
     return summary
 
@@ -615,17 +580,8 @@ def format_search(summary: Mapping[str, Any]) -> str:
         "kind": ("decay", ">10"),
         "open": ("last_open_fraction", ">6.0%"),
     }
-    widths = {title: spec.split(".")[0] for title, (_, spec) in columns.items()}
-    lines = [" ".join(format(title, width) for title, width in widths.items())]
-    for each in summary["methods"].values():
-        for row in each["best"]:
-            cells = [
-                format("", widths[title])
-                if row[name] is None
-                else format(row[name], spec)
-                for title, (name, spec) in columns.items()
-            ]
-            lines.append(" ".join(cells))
+    best = [row for each in summary["methods"].values() for row in each["best"]]
+    lines = [format_rows(columns, best)]
     for method, each in summary["methods"].items():
         low, high = each["top_interval"]
         lines.append(

@@ -10,7 +10,6 @@ the learning rate, as in AdamW; any decay is of all weights, batch norm's includ
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,13 +19,20 @@ from experiments.coinrun.expert.config import (
     require_evaluation_levels,
 )
 from experiments.coinrun.game import GameMode
+from experiments.common import cli
 from experiments.common.choices import Preset, Sampler
 from experiments.common.cli import FigureOptions, RunOptions
+from experiments.common.settings import fields_of
 from experiments.common.validation import (
     require,
-    require_choice,
-    require_seed,
+    require_at_least,
+    require_decay,
+    require_distinct,
+    require_kinds,
+    require_non_negative,
+    require_positive,
     require_seeds,
+    require_share,
 )
 
 Source = Literal["coinrun", "generated"]
@@ -60,13 +66,11 @@ class DatasetConfig:
     """Seed of the expert's actions and of the choice of states."""
 
     def __post_init__(self) -> None:
-        require_choice("source", self.source, get_args(Source))
-        require_choice("mode", self.mode, get_args(GameMode))
-        for field in ("levels", "states_per_level", "episodes_per_level"):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
-        require("test_levels", self.test_levels, self.test_levels >= 1, "at least 1")
-        require_seed("seed", self.seed)
+        require_kinds(self, source=Source, mode=GameMode)
+        require_at_least(
+            self, 1, "levels", "states_per_level", "episodes_per_level", "test_levels"
+        )
+        require_seeds(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +99,13 @@ class Settings:
     """Added to Adam's denominator."""
 
     def __post_init__(self) -> None:
-        require_choice("dataset", self.dataset, get_args(Source))
-        for field in ("width", "blocks", "epochs"):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
+        require_kinds(self, dataset=Source)
+        require_at_least(self, 1, "width", "blocks", "epochs")
         for field in ("batch_size", "evaluated_states"):
             value = getattr(self, field)
             require(field, value, value is None or value >= 1, "at least 1, or None")
-        for field in ("norm_momentum", "b2"):
-            _require_decay(field, getattr(self, field))
-        _require_finite("eps", self.eps)
+        require_decay(self, "norm_momentum", "b2")
+        require_non_negative(self, "eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,17 +134,13 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("method", self.method, METHODS)
-        require_choice("decay", self.decay, get_args(Decay))
-        rate = self.learning_rate
-        require("learning_rate", rate, 0 < rate < math.inf, "positive and finite")
-        for field in ("b1", "b3"):
-            _require_decay(field, getattr(self, field))
-        require("threshold", self.threshold, 0 <= self.threshold <= 1, "in [0, 1]")
-        _require_finite("weight_decay", self.weight_decay)
-        require_seed("seed", self.seed)
-        every = self.checkpoint_every
-        require("checkpoint_every", every, every >= 1, "at least 1")
+        require_kinds(self, method=Method, decay=Decay)
+        require_positive(self, "learning_rate")
+        require_decay(self, "b1", "b3")
+        require_share(self, "threshold")
+        require_non_negative(self, "weight_decay")
+        require_seeds(self, "seed")
+        require_at_least(self, 1, "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,15 +162,11 @@ class SearchConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for method in self.methods:
-            require_choice("methods", method, METHODS)
-        distinct = len(set(self.methods)) == len(self.methods) > 0
-        require("methods", self.methods, distinct, "one or more different methods")
-        require("trials", self.trials, self.trials >= 1, "at least 1")
-        require("top", self.top, self.top >= 1, "at least 1")
-        require_choice("sampler", self.sampler, get_args(Sampler))
-        require_seed("seed", self.seed)
-        require_seed("search_seed", self.search_seed)
+        require_kinds(self, methods=Method)
+        require_distinct(self, "methods", "methods")
+        require_at_least(self, 1, "trials", "top")
+        require_kinds(self, sampler=Sampler)
+        require_seeds(self, "seed", "search_seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +178,7 @@ class RerunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_seeds(self.seeds)
+        require_seeds(self, "seeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,14 +197,12 @@ class PlayConfig:
     """Seed of the actions."""
 
     def __post_init__(self) -> None:
-        require_choice("actions", self.actions, get_args(Actions))
+        require_kinds(self, actions=Actions)
         require_evaluation_levels("levels", self.levels)
-        for field in ("shown", "max_frames"):
-            value = getattr(self, field)
-            require(field, value, value >= 1, "at least 1")
+        require_at_least(self, 1, "shown", "max_frames")
         rule = f"at most levels ({self.levels})"
         require("shown", self.shown, self.shown <= self.levels, rule)
-        require_seed("seed", self.seed)
+        require_seeds(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +220,8 @@ class DataOptions(RunOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchOptions(DataOptions, FigureOptions):
+class SearchOptions(DataOptions, FigureOptions, cli.SearchOptions):
     """Where the data are, where to write, and with how many processes."""
-
-    storage: str | None = None
-    """Database URL or journal file that several commands share, each with an --out of
-    its own; without it a journal in the run directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,17 +252,9 @@ class PlayOptions(ExpertFileOptions):
         return self.student or RUNS / f"train-and_mask-{self.preset}-seed0"
 
 
-def _require_decay(field: str, value: float) -> None:
-    require(field, value, 0 <= value < 1, "in [0, 1)")
-
-
-def _require_finite(field: str, value: float) -> None:
-    require(field, value, 0 <= value < math.inf, "non-negative and finite")
-
-
 def shared_settings(config: Settings) -> dict[str, Any]:
     """The fields of `config` that training and search have in common."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)}
+    return fields_of(config, Settings)
 
 
 SMOKE: dict[str, Any] = {

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from experiments.coinrun.student.search import bootstrap
+from experiments.common.bootstrap import bootstrap
 from experiments.common.plots import METHOD_COLORS, use_style
 
 Row = Mapping[str, Any]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from experiments.coinrun import dataset as data
 from experiments.coinrun.student.commands import (
@@ -32,18 +31,18 @@ from experiments.coinrun.student.config import (
     shared_settings,
 )
 from experiments.coinrun.student.figures import draw_reruns
-from experiments.coinrun.student.search import bootstrap
-from experiments.common.cli import Invocation, announce
+from experiments.coinrun.student.training import METRICS
+from experiments.common.bootstrap import bootstrap
+from experiments.common.cli import Invocation
 from experiments.common.figures import (
     Drawings,
     figure_dir,
     finish_figures,
     redraw,
 )
-from experiments.common.pool import run_jobs
+from experiments.common.parts import metrics_of, train_parts
 from experiments.common.run_dir import RunDirError
-from experiments.common.settings import load_settings
-from experiments.common.validation import require_choice
+from experiments.common.settings import load_chosen
 
 RERUNS = "reruns"
 DRAWINGS: Drawings = {RERUNS: draw_reruns}
@@ -55,8 +54,7 @@ Row = dict[str, Any]
 def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
     """Trains each method's chosen settings with every seed; table, figure, means."""
     config, options = call.config, call.options
-    if options.results is not None:
-        redraw(options, DRAWINGS, (RERUNS,))
+    if redraw(options, DRAWINGS, (RERUNS,)):
         return
     directory = options.data_dir.absolute()
     _, digest = data.load(config.dataset, directory)
@@ -69,28 +67,24 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
     path = call.run_path(EXPERIMENT, name, ("seeds",))
     parts = f"{EXPERIMENT} rerun"
     with figure_dir(path, parts, call, identity, (RERUNS,), TRAIN) as run:
-        announce(run)
         if not run.finished:
             jobs = [
-                (run.path / f"{each.method}-seed{each.seed}", each, directory, digest)
+                (
+                    run.path / f"{each.method}-seed{each.seed}",
+                    each,
+                    directory,
+                    digest,
+                    call.command,
+                )
                 for each in configs
             ]
-            histories: dict[tuple[str, int], list[Row]] = {}
-            summaries: list[Row] = []
-            with tqdm(total=len(jobs), unit="run", smoothing=0) as bar:
-                done = run_jobs(
-                    _train_one, [(*job, call.command) for job in jobs], options.workers
-                )
-                for summary, history in done:
-                    summaries.append(summary)
-                    histories[summary["method"], summary["seed"]] = history
-                    bar.update()
-                    run.save_manifest()
+            outcomes = train_parts(run, _train_one, jobs, options.workers)
             rows = [
                 {"method": each.method, "seed": each.seed, **row}
-                for _, each, _, _ in jobs
-                for row in histories[each.method, each.seed]
+                for each, (_, history) in zip(configs, outcomes, strict=True)
+                for row in history
             ]
+            summaries = [summary for summary, _ in outcomes]
             finish_figures(run, DRAWINGS, {RERUNS: rows}, summarize(summaries))
         print(format_reruns(run.summary()))
         print(f"Figure: {run.path / f'{RERUNS}.png'}")
@@ -102,19 +96,11 @@ def load_selected(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
       RunDirError: there is no such file, or it is not one of a search.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for method in METHODS:
-        try:
-            settings = load_settings(f"{path}:{method}", TrainConfig())
-            found[method] = {"method": method, **settings}
-            TrainConfig(**found[method])
-            require_choice("method", found[method]["method"], [method])
-        except ValueError as error:
-            raise RunDirError(
-                f"{error}: --selected takes selected.json of a finished search with "
-                "both methods"
-            ) from None
-    return found
+    mend = "--selected takes selected.json of a finished search with both methods"
+    return {
+        method: load_chosen(f"{path}:{method}", TrainConfig(), method, mend)
+        for method in METHODS
+    }
 
 
 def train_configs(
@@ -138,12 +124,7 @@ def _train_one(
             train_in(
                 run, config, _load(config.dataset, directory, digest)[0], quiet=True
             )
-        rows = run.read_metrics()
-        if len(rows) != config.epochs:
-            raise RunDirError(
-                f"the metrics in {run.path} are missing or damaged: remove it and "
-                "start again, which trains this run anew"
-            )
+        rows = metrics_of(run, config.epochs, METRICS)
         summary = {"method": config.method, "seed": config.seed, **run.summary()}
         return summary, rows
 

@@ -9,7 +9,7 @@ layer. On frames of 64x64 the stages see 16x16, 8x8, 4x4 and 2x2 places.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,20 +17,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.common.maximum import larger
-
-Params = Any
-BatchStats = Any
+from experiments.common.networks import (
+    Apply,
+    Graph,
+    TrainApply,
+    Variables,
+    apply_of,
+    graph_of,
+    train_apply_of,
+    variables_of,
+)
 
 STAGES = 4
 # As many as the last stage has of a frame.
 FEW_PLACES = 4
-
-
-class Variables(NamedTuple):
-    """All that a network consists of; `batch_stats` are the running statistics."""
-
-    params: Params
-    batch_stats: BatchStats
 
 
 class Architecture(NamedTuple):
@@ -44,12 +44,6 @@ class Architecture(NamedTuple):
     momentum: float = 0.9
     """Share of the running statistics that a batch leaves as they were."""
     channels: int = 3
-
-
-# Variables and images uint8 [batch, height, width, channel] to logits [batch, output].
-Apply = Callable[[Variables, jax.Array], jax.Array]
-# The same to logits and the new batch_stats.
-TrainApply = Callable[[Variables, jax.Array], tuple[jax.Array, BatchStats]]
 
 
 def convolve(
@@ -217,34 +211,19 @@ def _max_of_three(x: jax.Array, axis: int) -> jax.Array:
 
 def init_variables(key: jax.Array, architecture: Architecture) -> Variables:
     """Initial parameters and batch statistics."""
-    model = ResNet(architecture, rngs=nnx.Rngs(key))
-    return Variables(nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat))
+    return variables_of(ResNet(architecture, rngs=nnx.Rngs(key)))
 
 
 def make_apply(architecture: Architecture) -> Apply:
     """The network in evaluation, as a pure function to logits."""
-    graph = _graph(architecture)
-
-    def apply(variables: Variables, images: jax.Array) -> jax.Array:
-        model: Any = nnx.merge(graph, *variables)
-        return model(images)
-
-    return apply
+    return apply_of(_graph(architecture))
 
 
 def make_train_apply(architecture: Architecture) -> TrainApply:
     """The network in training, as a pure function to logits and batch statistics."""
-    graph = _graph(architecture)
-
-    def apply(variables: Variables, images: jax.Array) -> tuple[jax.Array, BatchStats]:
-        # Copies, because what was made outside of a trace cannot be updated inside.
-        model: Any = nnx.merge(graph, *variables, copy=True)
-        return model(images, training=True), nnx.state(model, nnx.BatchStat)
-
-    return apply
+    return train_apply_of(_graph(architecture))
 
 
 @functools.lru_cache(maxsize=16)
-def _graph(architecture: Architecture) -> Any:
-    model = nnx.eval_shape(lambda: ResNet(architecture, rngs=nnx.Rngs(0)))
-    return nnx.graphdef(model)
+def _graph(architecture: Architecture) -> Graph:
+    return graph_of(lambda rngs: ResNet(architecture, rngs=rngs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -22,11 +21,12 @@ from experiments.coinrun.student.config import (
 )
 from experiments.coinrun.student.resnet import (
     Architecture,
-    Variables,
     init_variables,
     make_apply,
     make_train_apply,
 )
+from experiments.common.epochs import Metrics, State, Trainer, logits_of, make_epoch
+from experiments.common.networks import Variables
 
 if TYPE_CHECKING:
     from experiments.common.run_dir import RunDir
@@ -45,15 +45,6 @@ PROGRESS = {
     "test": ("test_kl", ".4f"),
     "open": ("open_fraction", ".1%"),
 }
-# Frames that are evaluated at a time.
-EVALUATED_AT_ONCE = 500
-
-
-class State(NamedTuple):
-    """What training carries from step to step."""
-
-    variables: Variables
-    opt_state: optax.OptState
 
 
 class Keys(NamedTuple):
@@ -79,22 +70,15 @@ class Rates(NamedTuple):
     coupled_decay: jax.Array
 
 
+# A level and rows of its states; of an epoch [level] and [level, batch_size].
+Batch = tuple[jax.Array, jax.Array]
+
+
 class Step(NamedTuple):
     """What a step reports: the batch's mean KL, and the share of open weights."""
 
     kl: jax.Array
     open_fraction: jax.Array
-
-
-class Trainer(NamedTuple):
-    """The compiled functions of one setting; seeds and rates share them.
-
-    `init(key)` gives the initial state, and `epoch(state, dataset, key, index, rates)`
-    the state after one more epoch and its metrics.
-    """
-
-    init: Callable[[jax.Array], State]
-    epoch: Callable[..., tuple[State, dict[str, jax.Array]]]
 
 
 def make_keys(seed: int) -> Keys:
@@ -160,13 +144,8 @@ def make_trainer(
     Args:
       config: network and batches.
       method: the optimizer.
-      in_one_piece: whether an epoch is one compiled function. If not, each of its steps
-        is one, and nothing leaves the device in between either. The default is no on
-        CPU, where convolutions in the backward pass of a scan are slow; see
-        `experiments.vision.training.make_trainer`.
+      in_one_piece: see `experiments.common.epochs.make_epoch`.
     """
-    if in_one_piece is None:
-        in_one_piece = jax.default_backend() != "cpu"
     return _make_trainer(
         architecture_for(config),
         method,
@@ -182,7 +161,7 @@ def _make_trainer(
     method: Method,
     batch_size: int | None,
     evaluated_states: int | None,
-    in_one_piece: bool,
+    in_one_piece: bool | None,
 ) -> Trainer:
     apply = make_train_apply(architecture)
 
@@ -195,10 +174,11 @@ def _make_trainer(
         return State(variables, optimizer.init(variables.params))
 
     def step(
-        state: State, train: States, level: jax.Array, rows: jax.Array, rates: Rates
+        state: State, dataset: Dataset, batch: Batch, rates: Rates
     ) -> tuple[State, Step]:
-        """One step on the states `rows` of a level."""
+        """One step on some of a level's states."""
         (params, batch_stats), opt_state = state
+        train, (level, rows) = dataset.train, batch
         images, targets = train.images[level, rows], train.probabilities[level, rows]
 
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
@@ -215,16 +195,12 @@ def _make_trainer(
             share = mask.kept_fraction(rates.threshold)
         return State(Variables(params, batch_stats), opt_state), Step(kl, share)
 
-    def order_of(
-        train: States, key: jax.Array, index: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        levels, states = train.images.shape[:2]
+    def order_of(dataset: Dataset, key: jax.Array, index: jax.Array) -> Batch:
+        levels, states = dataset.train.images.shape[:2]
         key = jax.random.fold_in(key, index)
         return epoch_order(key, levels, states, batch_size or states)
 
-    def end(
-        state: State, dataset: Dataset, steps: Step, rates: Rates
-    ) -> dict[str, jax.Array]:
+    def end(state: State, dataset: Dataset, steps: Step, rates: Rates) -> Metrics:
         """The metrics of an epoch, from what its steps report."""
         return {
             **evaluate(architecture, state.variables, dataset, evaluated_states),
@@ -233,38 +209,10 @@ def _make_trainer(
             "open_fraction": steps.open_fraction.mean(),
         }
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def whole_epoch(
-        state: State, dataset: Dataset, key: jax.Array, index: jax.Array, rates: Rates
-    ) -> tuple[State, dict[str, jax.Array]]:
-        train = dataset.train
-        state, steps = jax.lax.scan(
-            lambda state, batch: step(state, train, *batch, rates),
-            state,
-            order_of(train, key, index),
-        )
-        return state, end(state, dataset, steps, rates)
-
-    order_alone, end_alone = jax.jit(order_of), jax.jit(end)
-    step_alone = jax.jit(step, donate_argnums=0)
-
-    def stepwise_epoch(
-        state: State, dataset: Dataset, key: jax.Array, index: jax.Array, rates: Rates
-    ) -> tuple[State, dict[str, jax.Array]]:
-        levels, rows = order_alone(dataset.train, key, index)
-        steps = []
-        for batch in zip(levels, rows, strict=True):
-            state, report = step_alone(state, dataset.train, *batch, rates)
-            steps.append(report)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
-        return state, end_alone(state, dataset, stacked, rates)
-
-    return Trainer(init, whole_epoch if in_one_piece else stepwise_epoch)
+    return Trainer(init, make_epoch(order_of, step, end, in_one_piece))
 
 
-def epoch_order(
-    key: jax.Array, levels: int, states: int, batch_size: int
-) -> tuple[jax.Array, jax.Array]:
+def epoch_order(key: jax.Array, levels: int, states: int, batch_size: int) -> Batch:
     """All levels once, int32 [level], and states of each, int32 [level, batch_size].
 
     The states of a level are drawn without replacement.
@@ -301,7 +249,7 @@ def evaluate(
     variables: Variables,
     dataset: Dataset,
     evaluated_states: int | None,
-) -> dict[str, jax.Array]:
+) -> Metrics:
     """Mean KL, and how often student and expert prefer the same action.
 
     In evaluation mode. Training metrics are of the first `evaluated_states` of each
@@ -310,11 +258,7 @@ def evaluate(
     apply = make_apply(architecture)
 
     def measure(states: States) -> tuple[jax.Array, jax.Array]:
-        logits = jax.lax.map(
-            lambda image: apply(variables, image[None])[0],
-            states.images,
-            batch_size=min(EVALUATED_AT_ONCE, len(states.images)),
-        )
+        logits = logits_of(apply, variables, jnp.asarray(states.images))
         agree = logits.argmax(-1) == states.probabilities.argmax(-1)
         return kl_divergence(states.probabilities, logits).mean(), agree.mean()
 
@@ -365,17 +309,16 @@ def train(
     trainer = make_trainer(config, config.method)
     data, keys = on_device(dataset), make_keys(config.seed)
 
-    def epoch_fn(state: State, index: int) -> tuple[State, dict[str, Any]]:
+    def epoch_fn(state: State, index: int) -> tuple[State, Metrics]:
         rates = rates_at(config, index)
-        state, metrics = trainer.epoch(state, data, keys.batches, index, rates)
-        # jit sorts the keys of dictionaries; the columns of metrics.csv keep ours.
-        return state, {name: metrics[name] for name in METRICS}
+        return trainer.epoch(state, data, keys.batches, index, rates)
 
     return run_epochs(
         run,
         epoch_fn,
         trainer.init(keys.model),
         config.epochs,
+        metrics=METRICS,
         checkpoint_every=config.checkpoint_every,
         progress=None if quiet else PROGRESS,
         title=config.method,
