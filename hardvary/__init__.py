@@ -5,18 +5,23 @@ AND-masks as optax transformations, and the gradient oracles that feed them, aft
 """
 
 from hardvary import consistency, objectives
-from hardvary._env_grads.oracles import (
-    explain,
+from hardvary._env_grads.agreement import agreement, kept_fractions, mask
+from hardvary._env_grads.env_grad import EnvGrad, env_grads, value_and_env_grads
+from hardvary._env_grads.explain import explain
+from hardvary._env_grads.grad_stats import (
+    GradStats,
     grad_stats,
-    per_env_grad,
     value_and_grad_stats,
-    value_and_per_env_grad,
 )
-from hardvary._env_grads.statistics import GradStats, agreement
-from hardvary.aggregators.and_mask import and_mask, xor_mask
+from hardvary._env_grads.losses import value_and_env_grads_of_losses
+from hardvary._env_grads.products import combine, gramian, norms
+from hardvary._env_grads.stacked import per_env_grad, value_and_per_env_grad
+from hardvary.aggregators.aggregator import AggregatorState, aggregator
+from hardvary.aggregators.and_mask import and_mask
 from hardvary.aggregators.geometric_mean import geometric_mean
-from hardvary.aggregators.masked import AggregatorState
 from hardvary.aggregators.sand_mask import sand_mask
+from hardvary.aggregators.weighting import weighting
+from hardvary.aggregators.xor_mask import xor_mask
 from hardvary.decay import add_l1_decay
 from hardvary.fused.explain import Explanation, ParameterRule
 from hardvary.temporal import (
@@ -29,23 +34,34 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AggregatorState",
+    "EnvGrad",
     "Explanation",
     "GradStats",
     "ParameterRule",
     "TemporalAndMaskState",
     "add_l1_decay",
+    "aggregator",
     "agreement",
     "and_mask",
+    "combine",
     "consistency",
+    "env_grads",
     "explain",
     "geometric_mean",
     "grad_stats",
+    "gramian",
+    "kept_fractions",
+    "mask",
+    "norms",
     "objectives",
     "per_env_grad",
     "sand_mask",
     "temporal_and_mask",
     "temporal_and_mask_adam",
+    "value_and_env_grads",
+    "value_and_env_grads_of_losses",
     "value_and_grad_stats",
     "value_and_per_env_grad",
+    "weighting",
     "xor_mask",
 ]

@@ -6,10 +6,11 @@ that schedules need is an int32 scalar of the state, `mask_count`: a second `cou
 would hide an optimizer's from `optax.tree.get(state, "count")`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from hardvary import _validate
 
@@ -30,19 +31,33 @@ def check_unit_interval(name: str, value: PyTree) -> None:
       TypeError: a leaf that is neither a real scalar nor callable; None.
       ValueError: a number outside [0, 1], or NaN.
     """
-    if value is None:
-        _real_scalar(name, value)
-    for path, leaf in jax.tree.leaves_with_path(value, is_leaf=_is_schedule):
-        if _is_schedule(leaf):
-            continue
-        where = name + jax.tree_util.keystr(path)
-        _real_scalar(where, leaf)
+    for where, leaf in _checked_numbers(name, value, "in [0, 1], "):
         number = _validate.concrete_value(leaf)
         if number is not None and not 0.0 <= number <= 1.0:
             raise ValueError(
                 f"{where} must lie in [0, 1] (0 keeps every component, 1 asks for "
                 f"unanimity), got {number}"
             )
+
+
+def check_scalars(name: str, value: PyTree) -> None:
+    """Raises TypeError unless `value` is made of real scalars and schedules."""
+    for _ in _checked_numbers(name, value, ""):
+        pass
+
+
+def _checked_numbers(
+    name: str, value: PyTree, rule: str
+) -> Iterator[tuple[str, ArrayLike]]:
+    """Names and values of all numbers in `value`, which is no more than `rule` says."""
+    rule += "a schedule, or a tree prefix of params with these"
+    if value is None:
+        _validate.scalar(name, value, rule=rule)
+    for path, leaf in jax.tree.leaves_with_path(value, is_leaf=_is_schedule):
+        if not _is_schedule(leaf):
+            where = name + jax.tree_util.keystr(path)
+            _validate.scalar(where, leaf, rule=rule)
+            yield where, leaf
 
 
 def is_scheduled(value: PyTree) -> bool:
@@ -54,9 +69,9 @@ def per_leaf(
     name: str,
     value: PyTree,
     tree: PyTree,
-    count: jax.typing.ArrayLike,
+    count: ArrayLike,
     is_leaf: Callable[[Any], bool] | None = None,
-) -> list[jax.typing.ArrayLike]:
+) -> list[ArrayLike]:
     """Returns a number for every leaf of `tree`, in the order of `jax.tree.leaves`.
 
     Args:
@@ -71,7 +86,7 @@ def per_leaf(
       TypeError: a schedule that returned no real scalar.
       ValueError: `value` is no prefix of `tree`; names the first path.
     """
-    result: list[jax.typing.ArrayLike] = []
+    result: list[ArrayLike] = []
 
     def visit(value: Any, tree: Any, path: _Path) -> None:
         size = len(jax.tree.leaves(tree, is_leaf=is_leaf))
@@ -82,7 +97,7 @@ def per_leaf(
                 value = value(count)
                 where = name + jax.tree_util.keystr(path)
                 _validate.scalar(
-                    f"what the schedule {where} returns", value, rule="in [0, 1]"
+                    f"what the schedule {where} returns", value, rule="for its count"
                 )
             result.extend([value] * size)
             return
@@ -100,12 +115,6 @@ def per_leaf(
 
     visit(value, tree, ())
     return result
-
-
-def _real_scalar(name: str, value: Any) -> None:
-    _validate.scalar(
-        name, value, rule="in [0, 1], a schedule, or a tree prefix of params with these"
-    )
 
 
 def _is_schedule(value: Any) -> bool:

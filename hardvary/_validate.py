@@ -1,7 +1,7 @@
 """Checks of arguments and shapes, raised at construction or while tracing."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -89,9 +89,29 @@ def names(what: str, values: Any, allowed: Sequence[str]) -> tuple[str, ...]:
 
 
 def wide(dtype: Any) -> Any:
-    """float64 for float64, float32 for anything less: the dtype that sums are in."""
+    """float64 for float64, float32 for anything less: the dtype that sums are in.
+
+    Raises:
+      TypeError: a dtype that is not real floating: a sum in float32 would lose an
+        imaginary part.
+    """
+    # Without x64 there is no float64, whatever NumPy holds.
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"a real floating dtype is needed, got {dtype}")
     # Not jnp.promote_types: it refuses under strict promotion.
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether JAX takes `leaf` for an array, numbers included."""
+    if isinstance(leaf, bool | int | float | complex | np.generic | np.ndarray):
+        return not isinstance(leaf, np.ndarray) or leaf.dtype != object
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def a_or_an(noun: str) -> str:
+    return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
@@ -101,24 +121,50 @@ def leaf_path(path: tuple[Any, ...]) -> str:
 def real_floating(tree: PyTree, what: str) -> None:
     """Raises TypeError, naming the leaf, unless every leaf is real floating."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{what} must be real floating-point arrays; the leaf at "
-                f"{leaf_path(path)} has dtype {dtype}. Keep other leaves out of the "
-                "differentiated tree (flax.nnx.split, eqx.partition, optax.partition)"
-            )
-
-
-def same_structure(tree: PyTree, params: PyTree, what: str) -> None:
-    """Raises ValueError unless two trees have the same structure."""
-    got: Any = jax.tree.structure(tree)
-    expected: Any = jax.tree.structure(params)
-    if got != expected:
-        raise ValueError(
-            f"{what} must have the tree structure of params, got {got} where params "
-            f"have {expected}"
+        if not is_array(leaf):
+            found = f"is {a_or_an(type(leaf).__name__)}"
+        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            found = f"has dtype {jnp.result_type(leaf)}"
+        else:
+            continue
+        raise TypeError(
+            f"{what} must be real floating-point arrays; the leaf at "
+            f"{leaf_path(path)} {found}. Keep other leaves out of the "
+            "differentiated tree (flax.nnx.split, eqx.partition, optax.partition)"
         )
+
+
+def same_structure(
+    tree: PyTree,
+    params: PyTree,
+    what: str,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> None:
+    """Raises ValueError, naming the first difference, unless two trees are alike.
+
+    Args:
+      tree: shaped like params, if it is right.
+      params: the tree to compare with.
+      what: for messages.
+      is_leaf: which nodes of `tree` are leaves.
+    """
+    got: Any = jax.tree.structure(tree, is_leaf=is_leaf)
+    if got == jax.tree.structure(params):
+        return
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)]
+    expected = [path for path, _ in jax.tree.leaves_with_path(params)]
+    for path in paths:
+        if path not in expected:
+            difference = f"they have a leaf at {leaf_path(path)}, where params do not"
+            break
+    else:
+        missing = [path for path in expected if path not in paths]
+        difference = (
+            f"they have nothing at {leaf_path(missing[0])}, where params have a leaf"
+            if missing
+            else "the leaves have the same paths, in containers of other types"
+        )
+    raise ValueError(f"{what} must have the tree structure of params; {difference}")
 
 
 def same_shapes(tree: PyTree, params: PyTree, what: str, mend: str) -> None:
@@ -226,5 +272,43 @@ def env_weights(weights: Any, num_envs: int, name: str) -> jax.Array:
                 f"{name}: env_weights mark every environment absent; at least one "
                 "must be positive"
             )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        # Whole numbers beyond 2**24 need float64, where there is one.
+        array = array.astype(jnp.result_type(float))
     # A negative weight that could not be seen above must not count in the total only.
     return jnp.maximum(array.astype(wide(array.dtype)), 0)
+
+
+def combination(weights: Any, num_envs: int) -> jax.Array:
+    """Checks the weights of a sum of gradients and returns them as a floating array.
+
+    Raises:
+      TypeError: weights that are not real.
+      ValueError: not of shape `[env]`.
+    """
+    if np.shape(weights) != (num_envs,):
+        raise ValueError(
+            f"weights must have shape ({num_envs},), one for each environment, got "
+            f"shape {np.shape(weights)}"
+        )
+    array = jnp.asarray(weights)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"weights must be real, got dtype {array.dtype}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(jnp.result_type(float))
+    return array.astype(wide(array.dtype))
+
+
+def whole_number(name: str, value: Any, minimum: int) -> int:
+    """Returns a count as an int.
+
+    Raises:
+      TypeError: a value that is no integer; a float, a bool and an array of one
+        element are none, because they hint at a mistake.
+      ValueError: one below `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}, got {value}")
+    return int(value)

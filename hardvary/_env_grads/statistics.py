@@ -1,374 +1,287 @@
-"""Statistics of per-environment gradients: one definition for every route to them."""
+"""Statistics of gradients over environments: one definition for every route to them.
+
+A statistic is a sum over environments of an elementwise function of their gradients. It
+is taken in at least float32, an environment of weight 0 does not count whatever it
+holds, and a gradient that is not finite shows as NaN.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _validate
-
-PyTree = Any
-AxisName = str | tuple[str, ...]
+from hardvary import _validate, sharding
+from hardvary._typing import AxisName, PyTree
 
 LOG_EPS = 1e-10
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GradStats:
-    """Statistics of the gradients of all environments, reduced over environments.
-
-    With weights `w_e` (1 unless given) and gradients `g_e`, component by component:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistic:
+    """A sum over environments.
 
     Attributes:
-      mean: `sum_e w_e g_e / sum_e w_e`; tree, shapes and dtypes like params.
-      sign_sum: `sum_e w_e sign(g_e)`, where `sign(0) = 0` and a non-finite gradient
-        counts as NaN; tree and shapes like params, at least float32.
-      square_mean: `sum_e w_e g_e**2 / sum_e w_e`; likewise at least float32.
-      log_abs_mean: `sum_e w_e log(|g_e| + 1e-10) / sum_e w_e`; likewise.
-      num_envs: `sum_e w_e`, the number of environments unless weighted; float32
-        scalar.
-      axis_names: mapped axes over which the environments have been summed already;
-        an aggregator does not sum over them again.
-
-    A statistic that was not asked for is None. The dataclass is a pytree, so it
-    passes through `jit`, `scan` and `vmap`.
+      name: in the public `stats` argument.
+      field: of `GradStats`.
+      function: of a gradient, elementwise; its weighted sum is the statistic.
+      averaged: whether the sum is divided by the total weight.
+      multiplicative: whether `function(a * b) = function(a) * function(b)`.
+      weight: field of `EnvWeights` that weights the sum.
+      rest: a second sum that belongs to this one where environments are weighted.
     """
 
-    mean: PyTree = None
-    sign_sum: PyTree = None
-    square_mean: PyTree = None
-    log_abs_mean: PyTree = None
-    num_envs: Any = None
-    axis_names: tuple[str, ...] = dataclasses.field(
-        default=(), metadata={"static": True}
-    )
+    name: str
+    field: str
+    function: Callable[[jax.Array], jax.Array]
+    averaged: bool = True
+    multiplicative: bool = False
+    weight: str = "values"
+    rest: "Statistic | None" = None
 
 
-# Name in the public `stats` argument -> field of GradStats.
-FIELDS = {
-    "mean": "mean",
-    "sign": "sign_sum",
-    "square": "square_mean",
-    "log_abs": "log_abs_mean",
-}
-
-
-def names_of(axis_name: AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+def _or_nan(function: Callable[[jax.Array], jax.Array], grad: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(grad), function(grad), jnp.nan)
 
 
 def sign_or_nan(grad: jax.Array) -> jax.Array:
     """The vote of a gradient: its sign, NaN where it is not finite."""
     # The sign of an infinite gradient is finite: without this the sum of signs would
     # hide a diverged environment.
-    return jnp.where(jnp.isfinite(grad), jnp.sign(grad), jnp.nan)
+    return _or_nan(jnp.sign, grad)
 
 
-def contribution(statistic: str, log_eps: Any = LOG_EPS) -> Callable[..., jax.Array]:
-    """Returns the elementwise function whose sum over environments is `statistic`."""
+def nonzero_or_nan(grad: jax.Array) -> jax.Array:
+    """1 where a gradient is not zero, NaN where it is not finite."""
+    return _or_nan(lambda grad: (grad != 0).astype(grad.dtype), grad)
 
-    def log_abs(grad: jax.Array) -> jax.Array:
-        # float16 rounds 1e-10 to zero, and log(0) would turn a weighted sum into NaN.
-        eps = jnp.maximum(
-            jnp.asarray(log_eps).astype(grad.dtype), jnp.finfo(grad.dtype).tiny
+
+def log_abs(eps: Any = LOG_EPS) -> Statistic:
+    """The statistic `sum_e w_e log(|g_e| + eps)`."""
+
+    def function(grad: jax.Array) -> jax.Array:
+        # Adding nothing to 0 would make a sum of logarithms infinite.
+        offset = jnp.maximum(
+            jnp.asarray(eps).astype(grad.dtype), jnp.finfo(grad.dtype).tiny
         )
-        return jnp.log(jnp.abs(grad) + eps)
+        return jnp.log(jnp.abs(grad) + offset)
 
-    functions: dict[str, Callable[..., jax.Array]] = {
-        "mean": lambda grad: grad,
-        "sign": sign_or_nan,
-        "square": jnp.square,
-        "log_abs": log_abs,
-    }
-    return functions[statistic]
+    return Statistic("log_abs", "log_abs_mean", function)
+
+
+MEAN = Statistic("mean", "mean", lambda grad: grad, multiplicative=True)
+_SIGN_REST = Statistic(
+    "sign", "sign_sum", sign_or_nan, False, multiplicative=True, weight="rest"
+)
+SIGN = dataclasses.replace(_SIGN_REST, weight="coarse", rest=_SIGN_REST)
+STATISTICS = {
+    statistic.name: statistic
+    for statistic in (
+        MEAN,
+        SIGN,
+        Statistic("square", "square_mean", jnp.square, multiplicative=True),
+        log_abs(),
+        Statistic("abs", "abs_mean", jnp.abs, multiplicative=True),
+        Statistic("nonzero", "nonzero_sum", nonzero_or_nan, False, multiplicative=True),
+    )
+}
+
+
+class EnvWeights(NamedTuple):
+    """Weights of environments, as summed.
+
+    Attributes:
+      values: `[env]`, at least float32; 0 is an absent environment.
+      coarse: `values` rounded to a grid on which sums over all environments are exact
+        in whatever order, so that a sum of votes and the total weight that it is
+        compared with round in the same way.
+      rest: `values - coarse`.
+    """
+
+    values: jax.Array
+    coarse: jax.Array
+    rest: jax.Array
+
+    def of(self, statistic: Statistic) -> jax.Array:
+        weight: jax.Array = getattr(self, statistic.weight)
+        return weight
+
+
+def make_weights(values: jax.Array, axis_name: AxisName | None = None) -> EnvWeights:
+    """Weights of the environments, which may be spread over a mapped axis.
+
+    Args:
+      values: `[env]` floating, of any sign.
+      axis_name: mapped axis over which further environments are spread.
+    """
+    total = jnp.sum(jnp.abs(values))
+    if axis_name is not None:
+        total = jax.lax.psum(total, axis_name)
+    # Multiples of `step`, up to 2**23 of them in all: float32 has 24 bits.
+    _, exponent = jnp.frexp(total)
+    step = jnp.ldexp(jnp.ones((), values.dtype), exponent - 23)
+    # Where weights are tiny the step rounds to 0.
+    step = jnp.maximum(step, jnp.finfo(values.dtype).tiny)
+    coarse = jnp.round(values / step) * step
+    return EnvWeights(values, coarse, values - coarse)
+
+
+def signed(values: jax.Array) -> EnvWeights:
+    """Weights of any sign, for sums that nothing is compared with."""
+    return EnvWeights(values, values, jnp.zeros_like(values))
+
+
+def total_weight(num_envs: int, weights: EnvWeights | None) -> Any:
+    """Total weight of (local) environments; an int if they are not weighted."""
+    if weights is None:
+        return num_envs
+    return jnp.sum(weights.coarse) + jnp.sum(weights.rest)
 
 
 def along_envs(weights: jax.Array, like: jax.Array) -> jax.Array:
-    """`weights: [env]` in the dtype of `like: [env, ...]`, to multiply it with."""
-    return weights.astype(like.dtype).reshape((-1,) + (1,) * (like.ndim - 1))
+    """`weights: [env]` with as many axes as `like: [env, ...]`."""
+    return weights.reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def present(values: jax.Array, weights: EnvWeights | None) -> jax.Array:
+    """`values: [env, ...]` with zeros for absent environments, whatever these hold."""
+    if weights is None:
+        return values
+    # 0 * NaN is NaN.
+    return jnp.where(along_envs(weights.values, values) != 0, values, 0)
 
 
 def zero_sum(param: Any) -> jax.Array:
-    """What sums of a parameter's statistics start from."""
+    """The start of sums over a parameter's gradients."""
     return jnp.zeros(np.shape(param), _validate.wide(jnp.result_type(param)))
 
 
+Sums = dict[Statistic, list[jax.Array]]
+
+
+def summed(statistics: Sequence[Statistic], weighted: bool) -> list[Statistic]:
+    """All sums that `statistics` are made of."""
+    if not weighted:
+        return list(statistics)
+    rest = [statistic.rest for statistic in statistics if statistic.rest is not None]
+    return [*statistics, *rest]
+
+
 def sum_over_envs(
-    grads: PyTree,
-    statistics: Sequence[str],
-    weights: jax.Array | None,
-    log_eps: Any = LOG_EPS,
-) -> dict[str, PyTree]:
+    grads: Sequence[jax.Array],
+    statistics: Sequence[Statistic],
+    weights: EnvWeights | None,
+) -> Sums:
     """Sums statistics over axis 0 of stacked gradients, in at least float32.
 
     Args:
-      grads: leaves `[env, *param.shape]`.
-      statistics: names, keys of `FIELDS`.
-      weights: `[env]`, or None for 1 each.
-      log_eps: offset inside the logarithm of `log_abs`.
+      grads: arrays `[env, *param.shape]`.
+      statistics: as `summed` returns them.
+      weights: of the environments, or None for 1 each.
 
     Returns:
-      For each name a tree with leaves `param.shape`.
+      For each statistic a list of arrays `param.shape`.
     """
 
-    def leaf_sum(grad: jax.Array, function: Callable[..., jax.Array]) -> jax.Array:
+    def total(grad: jax.Array, statistic: Statistic) -> jax.Array:
         dtype = _validate.wide(grad.dtype)
-        values = function(grad.astype(dtype))
+        values = statistic.function(grad.astype(dtype))
         if weights is not None:
-            weight = along_envs(weights, values)
-            # 0 * NaN is NaN: an absent environment may hold anything.
-            values = jnp.where(weight > 0, weight * values, 0)
+            weight = along_envs(weights.of(statistic), values).astype(dtype)
+            values = weight * present(values, weights)
         return jnp.sum(values, axis=0)
 
-    def tree_sum(name: str) -> PyTree:
-        function = contribution(name, log_eps)
-        return jax.tree.map(lambda grad: leaf_sum(grad, function), grads)
-
-    return {name: tree_sum(name) for name in statistics}
+    return {s: [total(grad, s) for grad in grads] for s in statistics}
 
 
-def finalize(
-    sums: dict[str, PyTree], num_envs: Any, axis_name: AxisName | None
-) -> GradStats:
-    """Turns sums over (local) environments into GradStats, all in at least float32.
+def over_devices(
+    sums: Sums, num_envs: Any, axis_name: AxisName | None
+) -> tuple[Sums, Any]:
+    """Sums, and the total weight, over the environments of all devices."""
+    if axis_name is None:
+        return sums, num_envs
+    names = [s for s in sums if s is not SIGN or not isinstance(num_envs, int)]
+    limit = num_envs * jax.lax.axis_size(axis_name)
+    leaves, num_envs = jax.lax.psum(([sums[s] for s in names], num_envs), axis_name)
+    result = dict(zip(names, leaves, strict=True))
+    if SIGN in sums and SIGN not in result:
+        result[SIGN] = sharding.psum_counts(
+            sums[SIGN], limit, axis_name, result.get(MEAN)
+        )
+    return result, num_envs
+
+
+def as_total(num_envs: Any) -> jax.Array:
+    """The total weight as a floating scalar."""
+    total = jnp.asarray(num_envs)
+    if not jnp.issubdtype(total.dtype, jnp.floating):
+        return total.astype(jnp.float32)
+    return total.astype(_validate.wide(total.dtype))
+
+
+def finish(
+    sums: Sums, statistics: Sequence[Statistic], total: jax.Array
+) -> list[dict[str, Any]]:
+    """Fields of `GradStats`, parameter by parameter, from sums over all environments.
 
     Args:
-      sums: as `sum_over_envs` returns them.
-      num_envs: total weight of the environments in `sums`.
-      axis_name: mapped axis over which further environments are spread.
+      sums: of everything in `summed(statistics, ...)`.
+      statistics: those that were asked for.
+      total: total weight of the environments.
+    """
+
+    def field(statistic: Statistic, i: int) -> jax.Array:
+        value = sums[statistic][i]
+        if statistic.rest is not None and statistic.rest in sums:
+            value = value + sums[statistic.rest][i]
+        return value / total.astype(value.dtype) if statistic.averaged else value
+
+    count = len(next(iter(sums.values()), []))
+    return [{s.field: field(s, i) for s in statistics} for i in range(count)]
+
+
+def sums_by_parts(
+    sums_of: Callable[..., tuple[Sums, PyTree]],
+    inputs: PyTree,
+    num_parts: int,
+    like: Sequence[Any],
+    statistics: Sequence[Statistic],
+    unroll: int = 1,
+) -> tuple[Sums, PyTree]:
+    """Adds up what `sums_of(*part)` returns for each part of the environments.
+
+    Args:
+      sums_of: `(*inputs) -> (sums, other)` of a part.
+      inputs: trees with leaves `[env, ...]`, the arguments of `sums_of`.
+      num_parts: number of parts, a divisor of the number of environments.
+      like: the parameters whose statistics are summed.
+      statistics: keys of `sums`.
+      unroll: parts in a row whose sums are added in one pass over the totals.
 
     Returns:
-      The statistics over the environments of all devices.
+      The sums, and `other` with leaves `[env, ...]`.
     """
-    axis_names: tuple[str, ...] = ()
-    if axis_name is not None:
-        sums = dict(sums)
-        counts = sums.pop("sign", None) if isinstance(num_envs, int) else None
-        devices = jax.lax.axis_size(axis_name)
-        total = num_envs * devices
-        sums, num_envs = jax.lax.psum((sums, num_envs), axis_name)
-        if counts is not None:
-            sums["sign"] = _sum_counts(counts, total, axis_name, sums.get("mean"))
-        axis_names = names_of(axis_name)
-    num_envs = jnp.asarray(num_envs)
-    num_envs = num_envs.astype(_validate.wide(num_envs.dtype))
 
-    def average(total: jax.Array) -> jax.Array:
-        return total / num_envs.astype(total.dtype)
+    def split(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(num_parts, -1, *leaf.shape[1:])
 
-    fields = {
-        FIELDS[name]: tree if name == "sign" else jax.tree.map(average, tree)
-        for name, tree in sums.items()
-    }
-    return GradStats(num_envs=num_envs, axis_names=axis_names, **fields)
+    def body(total: list[Any], part: Any) -> tuple[list[Any], Any]:
+        sums, other = sums_of(*part)
+        added = [sums[statistic] for statistic in statistics]
+        return jax.tree.map(jnp.add, total, added), other
 
-
-def _sum_counts(
-    counts: PyTree, limit: int, axis_name: AxisName, means: PyTree | None
-) -> PyTree:
-    """Sums counts of at most `limit` over devices, in the narrowest type that fits.
-
-    Args:
-      counts: whole numbers, or NaN for a gradient that is not finite.
-      limit: what no sum exceeds.
-      axis_name: mapped axis.
-      means: sums of gradients over all devices, which are not finite where a
-        gradient is not.
-    """
-    if means is not None and limit <= np.iinfo(np.int8).max:
-
-        def sum_of(count: jax.Array, mean: jax.Array) -> jax.Array:
-            whole = jnp.where(jnp.isfinite(count), count, 0).astype(jnp.int8)
-            total = jax.lax.psum(whole, axis_name).astype(count.dtype)
-            return jnp.where(jnp.isfinite(mean), total, jnp.nan)
-
-        return jax.tree.map(sum_of, counts, means)
-    # float16 holds every whole number up to here, and NaN.
-    dtype = jnp.float16 if limit <= 2048 else None
-
-    def narrow(count: jax.Array) -> jax.Array:
-        sent = count if dtype is None else count.astype(dtype)
-        return jax.lax.psum(sent, axis_name).astype(count.dtype)
-
-    return jax.tree.map(narrow, counts)
-
-
-def mean_like(stats: GradStats, params: PyTree) -> GradStats:
-    """`stats` with its mean, if it has one, in the dtypes of params."""
-    if stats.mean is None:
-        return stats
-    mean = jax.tree.map(
-        lambda leaf, param: leaf.astype(jnp.result_type(param)), stats.mean, params
+    zeros = [[zero_sum(leaf) for leaf in like] for _ in statistics]
+    zeros = sharding.vary_like(zeros, (inputs, like))
+    totals, other = jax.lax.scan(
+        body, zeros, jax.tree.map(split, inputs), unroll=unroll
     )
-    return dataclasses.replace(stats, mean=mean)
+    other = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), other)
+    return dict(zip(statistics, totals, strict=True)), other
 
 
-def total_weight(num_envs: int, weights: jax.Array | None) -> Any:
-    return num_envs if weights is None else jnp.sum(weights)
-
-
-def combine_over_axis(stats: GradStats, axis_name: AxisName) -> GradStats:
-    """Reduces GradStats that each device made of its own environments."""
-    num_envs = stats.num_envs
-    sums: dict[str, PyTree] = {}
-    for name, field in FIELDS.items():
-        tree = getattr(stats, field)
-        if tree is None:
-            continue
-        if name == "sign":
-            sums[name] = tree
-        else:
-            # A device whose environments are all absent holds 0/0, not information.
-            sums[name] = jax.tree.map(
-                lambda leaf: jnp.where(
-                    num_envs > 0,
-                    leaf.astype(_validate.wide(leaf.dtype))
-                    * num_envs.astype(_validate.wide(leaf.dtype)),
-                    0,
-                ),
-                tree,
-            )
-    return finalize(sums, num_envs, axis_name)
-
-
-def reduce_stacked(
-    grads: PyTree,
-    statistics: Sequence[str],
-    weights: jax.Array | None,
-    num_envs: int,
-    axis_name: AxisName | None,
-    log_eps: Any = LOG_EPS,
-) -> GradStats:
-    """GradStats of stacked gradients, leaves `[env, *param.shape]`."""
-    sums = sum_over_envs(grads, statistics, weights, log_eps)
-    return finalize(sums, total_weight(num_envs, weights), axis_name)
-
-
-def vary_like(
-    tree: PyTree, reference: PyTree, axis_name: AxisName | None = None
-) -> PyTree:
-    """Marks `tree` as varying over the shard_map axes that `reference` varies over.
-
-    And over `axis_name`, as far as it names such axes.
-    """
-
-    def axes(leaf: Any) -> frozenset[Any]:
-        if not isinstance(leaf, jax.Array):
-            return frozenset()
-        return jax.typeof(leaf).manual_axis_type.varying
-
-    wanted = frozenset().union(*(axes(leaf) for leaf in jax.tree.leaves(reference)))
-    if axis_name is not None:
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        wanted |= set(names_of(axis_name)) & set(manual)
-
-    def cast(leaf: Any) -> Any:
-        missing = tuple(sorted(wanted - axes(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, tree) if wanted else tree
-
-
-def agreement(grads_or_stats: PyTree, *, env_weights: Any = None) -> PyTree:
-    r"""Share of environments by which one sign outnumbers the other.
-
-    .. math:: a_j = |\sum_e w_e \operatorname{sign}([g_e]_j)| / \sum_e w_e
-
-    The quantity that every mask compares with its threshold (paper, section 3). An
-    agreement of `a` means that a share `(1 + a) / 2` of the environments have the
-    same sign, if none is zero.
-
-    Args:
-      grads_or_stats: stacked per-environment gradients, each leaf
-        `[env, *param.shape]`, or a `GradStats` with the statistic `"sign"`.
-      env_weights: `[env]`, non-negative weights for stacked gradients; 0 marks an
-        absent environment.
-
-    Returns:
-      A tree like params with values in [0, 1], float32 (float64 for float64
-      gradients); NaN where an environment's gradient is not finite.
-
-    Raises:
-      TypeError: gradients that are not real floating.
-      ValueError: leaves that disagree on the number of environments, zero
-        environments, a `GradStats` without signs, or bad `env_weights`.
-
-    Example:
-      >>> import jax.numpy as jnp, hardvary
-      >>> hardvary.agreement(jnp.array([[1.0, 2.0], [3.0, -1.0], [2.0, 1.0]])).tolist()
-      [1.0, 0.3333333432674408]
-    """
-    stats = as_grad_stats(
-        grads_or_stats, None, ("sign",), env_weights, None, "agreement"
-    )
-    return jax.tree.map(
-        lambda total: jnp.abs(total) / stats.num_envs.astype(total.dtype),
-        stats.sign_sum,
-    )
-
-
-def as_grad_stats(
-    grads: PyTree,
-    params: PyTree | None,
-    statistics: Sequence[str],
-    env_weights: Any,
-    axis_name: AxisName | None,
-    name: str,
-    log_eps: Any = LOG_EPS,
-) -> GradStats:
-    """Checks what a transformation was given and returns it as GradStats.
-
-    Raises:
-      TypeError: gradients that are not real floating.
-      ValueError: everything else that DESIGN asks of stacked gradients, a `GradStats`
-        that lacks a statistic, or one given together with `env_weights`.
-    """
-    if isinstance(grads, GradStats):
-        if env_weights is not None:
-            raise ValueError(
-                f"{name}: env_weights belong to stacked gradients; a GradStats is "
-                "already weighted, give them to the function from grad_stats"
-            )
-        for statistic in statistics:
-            if getattr(grads, FIELDS[statistic]) is None:
-                raise ValueError(
-                    f"{name} needs the statistic {statistic!r}, which this GradStats "
-                    f"does not hold; ask for it with grad_stats(loss_fn, "
-                    f"stats={tuple(statistics)})"
-                )
-        if grads.num_envs is None:
-            raise ValueError(
-                f"{name}: this GradStats does not say num_envs, the total weight of "
-                "the environments; grad_stats fills it in"
-            )
-        like = getattr(grads, FIELDS[statistics[0]]) if params is None else params
-        for statistic in statistics:
-            tree = getattr(grads, FIELDS[statistic])
-            what = f"{name}: statistics"
-            _validate.real_floating(tree, what)
-            mend = "compute them with grad_stats for these parameters"
-            _validate.same_shapes(tree, like, what, mend)
-        total = jnp.asarray(grads.num_envs)
-        grads = dataclasses.replace(
-            grads, num_envs=total.astype(_validate.wide(total.dtype))
-        )
-        if axis_name is not None:
-            rest = tuple(n for n in names_of(axis_name) if n not in grads.axis_names)
-            if rest:
-                return combine_over_axis(grads, rest)
-        return grads
-    num_envs = _validate.stacked_gradients(grads, params, name)
-    if num_envs is None:
-        # Nothing to vote on: every leaf is masked out, or the model has none.
-        return GradStats(
-            num_envs=jnp.ones((), jnp.float32),
-            **{FIELDS[statistic]: grads for statistic in statistics},
-        )
-    weights = None
-    if env_weights is not None:
-        weights = _validate.env_weights(env_weights, num_envs, name)
-    return reduce_stacked(grads, statistics, weights, num_envs, axis_name, log_eps)
+@functools.cache
+def named(names: tuple[str, ...]) -> tuple[Statistic, ...]:
+    return tuple(STATISTICS[name] for name in names)

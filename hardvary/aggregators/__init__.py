@@ -1,0 +1,1 @@
+"""From the gradients of many environments to one, a file for each rule."""

@@ -1,21 +1,24 @@
-"""The AND-mask, and the XOR-mask that keeps what the AND-mask drops."""
+"""The AND-mask."""
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from hardvary import _validate
-from hardvary._env_grads.statistics import AxisName, GradStats
-from hardvary.aggregators import masked
+from hardvary import _hyperparams
+from hardvary._env_grads import statistics as st
+from hardvary._env_grads.agreement import reaches
+from hardvary._env_grads.grad_stats import GradStats
+from hardvary._typing import AxisName, Threshold
+from hardvary.aggregators.aggregator import build
 
 
 def and_mask(
-    threshold: Any = 1.0,
+    threshold: Threshold = 1.0,
     *,
     rescale: bool = False,
-    max_rescale: Any = None,
+    max_rescale: ArrayLike | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages over environments where enough of them agree on the sign.
@@ -29,10 +32,12 @@ def and_mask(
     gradient abstains. An AND where plain averaging is an OR (paper, section 3).
 
     Args:
-      threshold: :math:`\tau` in [0, 1]. 0 is plain averaging, 1 asks for unanimity.
-        May be traced (`optax.inject_hyperparams`). The comparison is exact: a
-        component whose agreement equals the threshold is kept, also for values
-        such as 0.2, 0.6 and 0.8 that floating point cannot represent.
+      threshold: :math:`\tau` in [0, 1]. 0 is plain averaging, 1 asks for unanimity. A
+        number, possibly traced; an optax schedule, from the number of updates so far to
+        a threshold; or a tree prefix of params with these, for thresholds that differ
+        by layer. The comparison is exact: a component whose agreement equals the
+        threshold is kept, also for values such as 0.2, 0.6 and 0.8 that floating point
+        cannot represent.
       rescale: multiply the surviving components of each leaf by
         (components in the leaf) / (components kept); a leaf with nothing kept
         stays 0.
@@ -43,14 +48,16 @@ def and_mask(
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `AggregatorState`. Its
-      `update(updates, state, params=None, *, env_weights=None)` takes stacked
-      gradients, leaves `[env, *param.shape]`, or a `GradStats` with the statistics
-      `"mean"` and `"sign"`, and returns leaves `param.shape` in the gradients' dtype.
-      `env_weights: [env]` (stacked form only) weights mean and votes.
+      `update(updates, state, params=None, *, env_weights=None)` takes gradients in any
+      form: a tree of `EnvGrad`, a tree of `GradStats` with the statistics `"mean"` and
+      `"sign"`, or stacked ones, leaves `[env, *param.shape]`. It returns leaves
+      `param.shape` in the gradients' dtype. `env_weights: [env]` (stacked form only)
+      weights mean and votes.
 
     Raises:
-      TypeError: (construction) a threshold that is no real scalar; (tracing)
-        integer, boolean or complex gradients.
+      TypeError: (construction) a threshold that is no real scalar, schedule or tree of
+        these; (tracing) integer, boolean or complex gradients, arithmetic on what is no
+        array.
       ValueError: (construction) threshold outside [0, 1] or NaN, max_rescale < 1;
         (tracing) gradients without an environment axis, environments that disagree
         in number, zero environments, trees that do not match, a statistic that is
@@ -85,81 +92,20 @@ def and_mask(
       Must come first in an `optax.chain`: what enters has an environment axis that no
       other transformation expects.
     """
-    _validate.in_unit_interval("threshold", threshold)
+    _hyperparams.check_unit_interval("threshold", threshold)
 
-    def leaf_rule(leaf: GradStats) -> tuple[jax.Array, jax.Array]:
+    def rule(leaf: GradStats, threshold: Any) -> tuple[jax.Array, jax.Array]:
         return (
-            masked.reaches(leaf.sign_sum, leaf.num_envs, threshold),
+            reaches(leaf.sign_sum, leaf.num_envs, threshold),
             leaf.mean,
         )
 
-    return masked.build(
-        "and_mask",
-        ("mean", "sign"),
-        leaf_rule,
+    return build(
+        rule,
+        st.named(("mean", "sign")),
+        name="and_mask",
         rescale=rescale,
         max_rescale=max_rescale,
         axis_name=axis_name,
-    )
-
-
-def xor_mask(
-    threshold: Any = 1.0,
-    *,
-    rescale: bool = False,
-    max_rescale: Any = None,
-    axis_name: AxisName | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Averages over environments where they disagree: the AND-mask's complement.
-
-    .. math::
-      u_j = (1 - m_j) \, \tfrac1d \sum_e [g_e]_j
-
-    with the mask :math:`m` of `and_mask`. It isolates what the AND-mask throws away,
-    to study the two learning signals apart (paper, section 4.1 and figure 7); nothing
-    one would train with.
-
-    Args:
-      threshold: in [0, 1]; components with an agreement below it are kept. 0 keeps
-        nothing; 1 keeps everything that is not unanimous.
-      rescale: see `and_mask`.
-      max_rescale: see `and_mask`.
-      axis_name: see `and_mask`.
-
-    Returns:
-      A transformation with the contract of `and_mask`.
-
-    Raises:
-      TypeError: as `and_mask`.
-      ValueError: as `and_mask`.
-
-    Example:
-      >>> import jax.numpy as jnp, hardvary
-      >>> tx = hardvary.xor_mask(threshold=1.0)
-      >>> params = jnp.zeros(3)
-      >>> grads = jnp.array([[1.0, 2.0, 0.0], [3.0, -1.0, 1.0]])  # [env, 3]
-      >>> updates, state = tx.update(grads, tx.init(params), params)
-      >>> updates.tolist()
-      [0.0, 0.5, 0.5]
-
-    References:
-      Parascandolo et al., `Learning explanations that are hard to vary
-      <https://arxiv.org/abs/2009.00329>`_, ICLR 2021.
-
-    Warning:
-      Must come first in an `optax.chain`.
-    """
-    _validate.in_unit_interval("threshold", threshold)
-
-    def leaf_rule(leaf: GradStats) -> tuple[jax.Array, jax.Array]:
-        agreed = masked.reaches(leaf.sign_sum, leaf.num_envs, threshold)
-        return ~agreed & ~jnp.isnan(leaf.sign_sum), leaf.mean
-
-    return masked.build(
-        "xor_mask",
-        ("mean", "sign"),
-        leaf_rule,
-        rescale=rescale,
-        max_rescale=max_rescale,
-        axis_name=axis_name,
+        hyperparams={"threshold": threshold},
     )

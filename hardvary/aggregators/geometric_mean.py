@@ -5,18 +5,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from hardvary import _validate
-from hardvary._env_grads.statistics import LOG_EPS, AxisName, GradStats
-from hardvary.aggregators import masked
+from hardvary import _hyperparams, _validate
+from hardvary._env_grads import statistics as st
+from hardvary._env_grads.agreement import reaches
+from hardvary._env_grads.grad_stats import GradStats
+from hardvary._typing import AxisName, Threshold
+from hardvary.aggregators.aggregator import build
 
 
 def geometric_mean(
-    threshold: Any = 1.0,
+    threshold: Threshold = 1.0,
     *,
     rescale: bool = False,
-    max_rescale: Any = None,
-    eps: Any = LOG_EPS,
+    max_rescale: ArrayLike | None = None,
+    eps: ArrayLike = st.LOG_EPS,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Geometric mean of the magnitudes, where environments agree on the sign.
@@ -35,7 +39,7 @@ def geometric_mean(
       rescale: see `and_mask`.
       max_rescale: see `and_mask`.
       eps: offset inside the logarithm, > 0. A `GradStats` holds logarithms with the
-        offset 1e-10, so another value needs stacked gradients.
+        offset 1e-10, so another value needs one of the other forms.
       axis_name: see `and_mask`.
 
     Returns:
@@ -63,40 +67,30 @@ def geometric_mean(
     Warning:
       Must come first in an `optax.chain`.
     """
-    _validate.in_unit_interval("threshold", threshold)
+    _hyperparams.check_unit_interval("threshold", threshold)
     # An array is inject_hyperparams' doing: eps in the parameters' dtype, where it may
     # have been rounded, in float16 even to 0.
-    given_eps = eps if isinstance(eps, int | float) else None
-    if given_eps is not None:
-        _validate.at_least("eps", given_eps, 0.0, strict=True)
+    if isinstance(eps, int | float):
+        _validate.at_least("eps", eps, 0.0, strict=True)
+        usual = eps == st.LOG_EPS
     else:
         _validate.scalar("eps", eps, rule="> 0")
+        usual = True
+    logs = st.STATISTICS["log_abs"] if usual else st.log_abs(eps)
 
-    def leaf_rule(leaf: GradStats) -> tuple[jax.Array, jax.Array]:
+    def rule(leaf: GradStats, threshold: Any) -> tuple[jax.Array, jax.Array]:
         sign = jnp.sign(leaf.mean).astype(leaf.log_abs_mean.dtype)
         return (
-            masked.reaches(leaf.sign_sum, leaf.num_envs, threshold),
+            reaches(leaf.sign_sum, leaf.num_envs, threshold),
             sign * jnp.exp(leaf.log_abs_mean),
         )
 
-    aggregator = masked.build(
-        "geometric_mean",
-        ("mean", "sign", "log_abs"),
-        leaf_rule,
+    return build(
+        rule,
+        (st.MEAN, st.SIGN, logs),
+        name="geometric_mean",
         rescale=rescale,
         max_rescale=max_rescale,
         axis_name=axis_name,
-        log_eps=eps,
+        hyperparams={"threshold": threshold},
     )
-
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        if isinstance(updates, GradStats) and given_eps not in (None, LOG_EPS):
-            raise ValueError(
-                f"geometric_mean: a GradStats holds logarithms with eps {LOG_EPS:g}; "
-                f"pass stacked gradients to use eps {given_eps:g}"
-            )
-        return aggregator.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(aggregator.init, update_fn)

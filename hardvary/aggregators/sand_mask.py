@@ -5,18 +5,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from optax import ScalarOrSchedule
 
-from hardvary import _validate
-from hardvary._env_grads.statistics import AxisName, GradStats
-from hardvary.aggregators import masked
+from hardvary import _hyperparams, _validate
+from hardvary._env_grads import statistics as st
+from hardvary._env_grads.grad_stats import GradStats
+from hardvary._typing import AxisName, Threshold
+from hardvary.aggregators.aggregator import build
 
 
 def sand_mask(
-    threshold: Any,
-    sharpness: Any,
+    threshold: Threshold,
+    sharpness: ScalarOrSchedule,
     *,
     rescale: bool = True,
-    max_rescale: Any = None,
+    max_rescale: ArrayLike | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights the mean by a smooth mask of agreement over variance.
@@ -30,9 +34,9 @@ def sand_mask(
     each leaf. Components just above the threshold fade in instead of switching on.
 
     Args:
-      threshold: :math:`\tau` in [0, 1]; may be traced.
+      threshold: :math:`\tau`, see `and_mask`.
       sharpness: :math:`k` > 0, the slope, in units of a squared gradient; may be
-        traced.
+        traced, or a schedule.
       rescale: divide by the mean of the mask, leaf by leaf, as published. A leaf whose
         mask is all zero stays 0.
       max_rescale: cap of that factor, >= 1; None for none.
@@ -74,10 +78,13 @@ def sand_mask(
       where it is below 1e-6 of the mean square (6e-2 for a `GradStats` whose mean is
       bfloat16, 8e-3 for float16) it may be rounding and counts as none.
     """
-    _validate.in_unit_interval("threshold", threshold)
-    _validate.at_least("sharpness", sharpness, 0.0, strict=True)
+    _hyperparams.check_unit_interval("threshold", threshold)
+    if not _hyperparams.is_scheduled(sharpness):
+        _validate.at_least("sharpness", sharpness, 0.0, strict=True)
 
-    def leaf_rule(leaf: GradStats) -> tuple[jax.Array, jax.Array]:
+    def rule(
+        leaf: GradStats, threshold: Any, sharpness: Any
+    ) -> tuple[jax.Array, jax.Array]:
         dtype = leaf.square_mean.dtype
         num_envs = leaf.num_envs.astype(dtype)
         mean = leaf.mean.astype(dtype)
@@ -101,11 +108,12 @@ def sand_mask(
         mask = jnp.where(jnp.isnan(mask), 0, jnp.maximum(mask, 0))
         return mask, mean
 
-    return masked.build(
-        "sand_mask",
-        ("mean", "sign", "square"),
-        leaf_rule,
+    return build(
+        rule,
+        st.named(("mean", "sign", "square")),
+        name="sand_mask",
         rescale=rescale,
         max_rescale=max_rescale,
         axis_name=axis_name,
+        hyperparams={"threshold": threshold, "sharpness": sharpness},
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _validate
-from hardvary.fused.grouping import groups_of
+from hardvary.fused.rules import decisions
 from hardvary.fused.traced import Traced
 
 
@@ -61,16 +61,15 @@ class Explanation:
 
 
 def explanation(traced: Traced) -> Explanation:
-    groups = groups_of(traced.program, len(traced.leaves))
-    group_of = {i: group for group in groups for i in group.leaves}
+    decision_of = {i: d for d in decisions(traced) for i in d.group.leaves}
     paths = jax.tree.leaves_with_path(jax.tree.unflatten(traced.tree, traced.leaves))
     return Explanation(
         tuple(
             ParameterRule(
                 _validate.leaf_path(path),
                 np.shape(leaf),
-                group_of[i].rule,
-                group_of[i].reason,
+                decision_of[i].rule,
+                decision_of[i].reason,
                 traced.num_envs
                 * math.prod(np.shape(leaf))
                 * jnp.result_type(leaf).itemsize,

@@ -1,0 +1,416 @@
+"""The gradients of one parameter in all environments, not multiplied out yet.
+
+One forward and one backward pass of all environments leave behind what every gradient
+is made of. An `EnvGrad` answers questions about one parameter's gradients from there:
+statistics, inner products, weighted sums. Under `jit` a question that nobody asks costs
+nothing, and parameters that are computed together share the work.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from hardvary import _validate, sharding
+from hardvary._env_grads import statistics as st
+from hardvary._env_grads.grad_stats import GradStats, StatName
+from hardvary._env_grads.problem import InAxes, Problem, check_arguments
+from hardvary._env_grads.source import Source, inner_products
+from hardvary._typing import AxisName, PyTree
+from hardvary.fused.rules import bound_rules
+from hardvary.fused.traced import Traced
+
+_MEND = (
+    "it lives inside one trace and takes no arithmetic. Put hardvary's aggregator "
+    "first in the chain, inside the same jit; to leave a jit, or to cross a scan or "
+    "a cond, take .stats(...), .mean() or .stack() first"
+)
+
+
+class EnvGradError(TypeError, AttributeError):
+    """Raised where an `EnvGrad` is taken for an array."""
+
+
+class Answers:
+    """A group's answers, each computed once, over the environments of all devices."""
+
+    def __init__(
+        self,
+        source: Source,
+        weights: st.EnvWeights | None,
+        total: Any,
+        axis_name: AxisName | None,
+    ) -> None:
+        self._source, self._weights = source, weights
+        self._local_total, self.axis_name = total, axis_name
+        self._cache: dict[Any, Any] = {}
+        self._trace = _current_trace()
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        self.num_envs: int = source.num_envs * devices
+
+    def stats(
+        self, statistics: Sequence[st.Statistic]
+    ) -> tuple[list[dict[str, Any]], jax.Array]:
+        """Fields of `GradStats` for every parameter, and the total weight."""
+        missing = [s for s in statistics if not self._has(s)]
+        if missing:
+            keys = st.summed(missing, self._weights is not None)
+            sums = self._source.sums(keys, self._weights)
+            sums, total = st.over_devices(sums, self._local_total, self.axis_name)
+            total = st.as_total(total)
+            fields = st.finish(sums, missing, total)
+            for statistic in missing:
+                self._keep(statistic, [f[statistic.field] for f in fields])
+            self._keep("total", total)
+            found = {s: [f[s.field] for f in fields] for s in missing}
+        else:
+            total, found = self._cache["total"], {}
+        found |= {s: self._cache[s] for s in statistics if s not in found}
+        count = len(found[statistics[0]])
+        return [{s.field: found[s][i] for s in statistics} for i in range(count)], total
+
+    def combine(self, weights: Any, values: jax.Array) -> list[jax.Array]:
+        """`sum_e w_e g_e`, with weights as given, the key, and as an array."""
+
+        def compute() -> Any:
+            local = sharding.own_rows(values, self.axis_name, self._source.num_envs)
+            if self._weights is not None:
+                local = jnp.where(self._weights.values > 0, local, 0)
+            sums = self._source.combine(st.signed(local))
+            if self.axis_name is not None:
+                sums = jax.lax.psum(sums, self.axis_name)
+            # The weights keep their identity as long as they are a key.
+            return weights, sums
+
+        result: list[jax.Array] = self._once(("combine", id(weights)), compute)[1]
+        return result
+
+    def stack(self) -> list[jax.Array]:
+        def compute() -> Any:
+            grads = [st.present(grad, self._weights) for grad in self._source.stack()]
+            return [sharding.all_rows(grad, self.axis_name) for grad in grads]
+
+        return self._once("stack", compute)
+
+    def gramian(self) -> list[jax.Array]:
+        return self._once("gramian", self._gramian)
+
+    def _gramian(self) -> list[jax.Array]:
+        if self.axis_name is not None:
+            return [inner_products(grad) for grad in self.stack()]
+        gramians = self._source.gramian()
+        if self._weights is None:
+            return gramians
+        here = self._weights.values > 0
+        both = here[:, None] & here[None, :]
+        return [jnp.where(both, gramian, 0) for gramian in gramians]
+
+    def env_weights(self) -> jax.Array | None:
+        """Weights of the environments of all devices, None if they are 1."""
+        if self._weights is None:
+            return None
+        return sharding.all_rows(self._weights.values, self.axis_name)
+
+    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if self._has(key):
+            return self._cache[key]
+        result = compute()
+        self._keep(key, result)
+        return result
+
+    def _has(self, key: Any) -> bool:
+        return key in self._cache
+
+    def _keep(self, key: Any, result: Any) -> None:
+        # Inside a branch or a loop results are of that trace, and of no use outside.
+        if _current_trace() == self._trace:
+            self._cache[key] = result
+
+
+def _current_trace() -> Any:
+    return jex.get_opaque_trace_state(convention="hardvary")
+
+
+class _NoArray(type):
+    """Gives the class a name that says what to do: JAX's messages show it."""
+
+    def __repr__(cls) -> str:
+        return f"<class 'hardvary.EnvGrad'; {_MEND}>"
+
+
+class EnvGrad(metaclass=_NoArray):
+    """The gradients of one parameter in all environments.
+
+    `value_and_env_grads` returns a tree of them, one at every leaf of the parameters.
+    Aggregators take it as it is; it answers questions by itself, too. All answers are
+    exact and in at least float32, and nothing is stacked but by `stack`. An absent
+    environment (`env_weights` 0) has the gradient 0, whatever its batch holds.
+
+    It is no array and no pytree: inside one `jit` it goes through `optax.chain`,
+    `optax.partition`, `TrainState.apply_gradients` and `nnx.Optimizer.update`;
+    arithmetic on it and leaving the `jit` with it raise a TypeError.
+
+    Attributes:
+      shape: of the parameter.
+      dtype: of the parameter.
+      num_envs: number of environments, on all devices; absent ones included.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> loss = lambda w, x: jnp.sum(w * x)
+      >>> x = jnp.array([[1.0, 2.0], [3.0, -2.0]])  # [env, feature]
+      >>> grad = hardvary.env_grads(loss)(jnp.ones(2), x)
+      >>> grad.mean().tolist(), grad.stats(("sign",)).sign_sum.tolist()
+      ([2.0, 0.0], [2.0, 0.0])
+      >>> grad.gramian().tolist()
+      [[5.0, -1.0], [-1.0, 13.0]]
+      >>> grad.combine(jnp.array([1.0, -1.0])).tolist()
+      [-2.0, 4.0]
+    """
+
+    def __init__(self, answers: Answers, index: int, like: Any) -> None:
+        self._answers, self._index = answers, index
+        self.shape: tuple[int, ...] = np.shape(like)
+        self.dtype = jnp.result_type(like)
+        self.num_envs = answers.num_envs
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def stats(self, names: Sequence[StatName] = ("mean", "sign")) -> GradStats:
+        """Statistics of this parameter's gradients.
+
+        Args:
+          names: see `grad_stats`.
+
+        Returns:
+          A `GradStats` whose arrays are all in at least float32.
+
+        Raises:
+          TypeError: names that are no sequence of names.
+          ValueError: an unknown name.
+        """
+        checked = _validate.names("names", names, tuple(st.STATISTICS))
+        return self._stats(st.named(checked))
+
+    def _stats(self, statistics: Sequence[st.Statistic]) -> GradStats:
+        fields, total = self._answers.stats(statistics)
+        return GradStats(
+            **fields[self._index],
+            num_envs=total,
+            axis_names=sharding.names_of(self._answers.axis_name),
+        )
+
+    def mean(self) -> jax.Array:
+        """`sum_e w_e g_e / sum_e w_e`, the shape of the parameter."""
+        mean: jax.Array = self._stats([st.MEAN]).mean
+        return mean
+
+    def gramian(self) -> jax.Array:
+        """`[env, env]`, inner products of the environments' gradients.
+
+        Of the gradients as they are, not times `env_weights`.
+        """
+        return self._answers.gramian()[self._index]
+
+    def norms(self) -> jax.Array:
+        """`[env]`, Euclidean norms of the environments' gradients."""
+        return jnp.sqrt(jnp.diagonal(self.gramian()))
+
+    def combine(self, weights: jax.typing.ArrayLike) -> jax.Array:
+        """`sum_e w_e g_e`, the shape of the parameter.
+
+        Args:
+          weights: `[env]`, of any sign. An environment of weight 0 might as well not
+            be there, even where its gradient is NaN.
+
+        Raises:
+          TypeError: weights that are not real.
+          ValueError: weights of another shape.
+        """
+        values = _validate.combination(weights, self.num_envs)
+        return self._answers.combine(weights, values)[self._index]
+
+    def stack(self) -> jax.Array:
+        """`[env, *param.shape]`, the gradients themselves, in the parameter's dtype."""
+        return self._answers.stack()[self._index]
+
+    def __repr__(self) -> str:
+        return (
+            f"EnvGrad(shape={self.shape}, dtype={self.dtype}, "
+            f"num_envs={self.num_envs}): {_MEND}"
+        )
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise EnvGradError(f"an EnvGrad is not an array: {_MEND}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise EnvGradError(f"an EnvGrad is not an array and has no .{name}: {_MEND}")
+
+    __array__ = __len__ = __iter__ = __getitem__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse
+    __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __pos__ = __abs__ = __float__ = __int__ = __bool__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+def env_grads(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    in_axes: InAxes = 0,
+    axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
+) -> Callable[..., Any]:
+    """Gradients of all environments, not multiplied out.
+
+    Args:
+      loss_fn: see `value_and_env_grads`.
+      argnums: see `value_and_env_grads`.
+      has_aux: see `value_and_env_grads`.
+      in_axes: see `value_and_env_grads`.
+      axis_name: see `value_and_env_grads`.
+      env_axis_name: see `value_and_env_grads`.
+
+    Returns:
+      A function like that of `value_and_env_grads` which returns the gradients, or
+      `(gradients, aux)`.
+
+    Raises:
+      TypeError: as `value_and_env_grads`.
+      ValueError: as `value_and_env_grads`.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> loss = lambda w, x: 0.5 * jnp.sum((w * x) ** 2)
+      >>> grads = hardvary.env_grads(loss)(jnp.ones(2), jnp.array([[1.0, 0.0]]))
+      >>> grads.mean().tolist()
+      [1.0, 0.0]
+    """
+    with_value = value_and_env_grads(
+        loss_fn, argnums, has_aux, in_axes, axis_name, env_axis_name
+    )
+
+    def grad_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
+        value, grads = with_value(*args, env_weights=env_weights, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_fn
+
+
+def value_and_env_grads(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    in_axes: InAxes = 0,
+    axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
+) -> Callable[..., Any]:
+    """Losses of all environments, and their gradients, not multiplied out.
+
+    One forward and one backward pass for all environments, as plain training takes.
+    The gradients are a tree like the parameters with an `EnvGrad` at every leaf, which
+    every aggregator accepts and asks for what it needs. Use both inside one `jit`. Each
+    environment has a forward pass of its own, so batch statistics are its own too.
+
+    Args:
+      loss_fn: `loss_fn(params, env_batch) -> loss`, a real scalar, of ONE environment.
+      argnums: see `per_env_grad`.
+      has_aux: see `per_env_grad`.
+      in_axes: see `per_env_grad`.
+      axis_name: see `grad_stats`; sums, Gramians and stacks are over the environments
+        of all devices.
+      env_axis_name: see `grad_stats`.
+
+    Returns:
+      A function `(*args, env_weights=None, **kwargs)` that returns
+      `(losses, gradients)`, or `((losses, aux), gradients)`; arguments as for
+      `per_env_grad`, losses `[env]`, unweighted, in the loss's dtype. `env_weights:
+      [env]`, non-negative, weights the environments in every statistic; 0 marks an
+      absent one, whose batch may hold anything.
+
+    Raises:
+      TypeError: as `per_env_grad`.
+      ValueError: as `per_env_grad`; (tracing) env_weights of the wrong length or
+        (concrete) negative, side effects in `loss_fn`, environments or parameters that
+        an explicit mesh has spread.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, hardvary
+      >>> loss = lambda w, x: 0.5 * jnp.sum((w * x - 1.0) ** 2)
+      >>> value_and_grads = hardvary.value_and_env_grads(loss)
+      >>> tx = optax.chain(hardvary.and_mask(threshold=1.0), optax.sgd(0.1))
+      >>> @jax.jit
+      ... def step(w, state, batch):
+      ...     losses, grads = value_and_grads(w, batch)
+      ...     updates, state = tx.update(grads, state, w)
+      ...     return optax.apply_updates(w, updates), state, losses.mean()
+      >>> w = jnp.zeros(2)
+      >>> batch = jnp.array([[1.0, 1.0], [2.0, -1.0]])  # [env, feature]
+      >>> w, state, loss_value = step(w, tx.init(w), batch)
+      >>> [round(x, 3) for x in w.tolist()], float(loss_value)
+      ([0.15, 0.0], 1.0)
+    """
+    argnums = check_arguments(loss_fn, argnums)
+
+    def value_and_grads_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
+        problem = Problem(loss_fn, argnums, has_aux, in_axes, args, kwargs, axis_name)
+        sharding.refuse_sharded_parameters(problem.params, "value_and_env_grads")
+        axes = sharding.explicit_axes(problem.batch)
+        if axes:
+            raise ValueError(
+                "value_and_env_grads takes environments of one device, and an explicit "
+                f"mesh has spread these over {axes}; value_and_grad_stats takes them, "
+                f"or call it inside jax.shard_map with axis_name={axes!r}"
+            )
+        weights = checked_weights(
+            env_weights, problem.num_envs, axis_name, "value_and_env_grads"
+        )
+        traced = Traced(problem.loss, problem.params, problem.batch, env_axis_name)
+        grads = answered(
+            [(rule.group.leaves, rule) for rule in bound_rules(traced)],
+            problem.params,
+            weights,
+            axis_name,
+        )
+        value = (traced.losses, traced.aux) if has_aux else traced.losses
+        return value, grads
+
+    return value_and_grads_fn
+
+
+def checked_weights(
+    env_weights: Any, num_envs: int, axis_name: AxisName | None, name: str
+) -> st.EnvWeights | None:
+    if env_weights is None:
+        return None
+    values = _validate.env_weights(env_weights, num_envs, name)
+    return st.make_weights(values, axis_name)
+
+
+def answered(
+    sources: Sequence[tuple[Sequence[int], Source]],
+    params: PyTree,
+    weights: st.EnvWeights | None,
+    axis_name: AxisName | None,
+) -> PyTree:
+    """A tree of `EnvGrad` like params, from sources and the leaves that they are of."""
+    leaves, treedef = jax.tree.flatten(params)
+    result: list[Any] = [None] * len(leaves)
+    for positions, source in sources:
+        total = st.total_weight(source.num_envs, weights)
+        answers = Answers(source, weights, total, axis_name)
+        for index, i in enumerate(positions):
+            result[i] = EnvGrad(answers, index, leaves[i])
+    return jax.tree.unflatten(treedef, result)

@@ -1,0 +1,116 @@
+"""Inner products and weighted sums of whole gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hardvary._env_grads import forms
+from hardvary._typing import AxisName, PyTree
+
+
+def gramian(
+    grads: PyTree, *, env_weights: Any = None, axis_name: AxisName | None = None
+) -> jax.Array:
+    """Inner products of the environments' gradients, over all parameters.
+
+    Args:
+      grads: a tree of `EnvGrad`, or stacked gradients, each leaf
+        `[env, *param.shape]`.
+      env_weights: `[env]`, for stacked gradients; 0 marks an absent environment, whose
+        row and column are 0. Other weights change nothing.
+      axis_name: see `and_mask`.
+
+    Returns:
+      `[env, env]`, float32 (float64 for float64 gradients).
+
+    Raises:
+      TypeError: gradients that are not real floating.
+      ValueError: as `agreement`; a tree of `GradStats`, which has no inner products; a
+        tree without leaves, which has no environments.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> grads = {"w": jnp.array([[1.0, 2.0], [3.0, -1.0]]), "b": jnp.ones(2)}
+      >>> hardvary.gramian(grads).tolist()
+      [[6.0, 2.0], [2.0, 11.0]]
+    """
+    return total_gramian(forms.read(grads, "gramian", None, env_weights, axis_name))
+
+
+def total_gramian(given: forms.Gradients) -> jax.Array:
+    gramians = given.gramian()
+    if not gramians:
+        raise ValueError(f"{given.name}: a tree without leaves has no environments")
+    dtype = max((g.dtype for g in gramians), key=lambda dtype: dtype.itemsize)
+    return sum((g.astype(dtype) for g in gramians[1:]), gramians[0].astype(dtype))
+
+
+def norms(
+    grads: PyTree, *, env_weights: Any = None, axis_name: AxisName | None = None
+) -> jax.Array:
+    """Euclidean norms of the environments' gradients, over all parameters.
+
+    Args:
+      grads: see `gramian`.
+      env_weights: see `gramian`.
+      axis_name: see `and_mask`.
+
+    Returns:
+      `[env]`, float32 (float64 for float64 gradients).
+
+    Raises:
+      TypeError: as `gramian`.
+      ValueError: as `gramian`.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> hardvary.norms(jnp.array([[3.0, 4.0], [0.0, -1.0]])).tolist()
+      [5.0, 1.0]
+    """
+    given = forms.read(grads, "norms", None, env_weights, axis_name)
+    return jnp.sqrt(jnp.diagonal(total_gramian(given)))
+
+
+def combine(
+    grads: PyTree,
+    weights: Any,
+    *,
+    env_weights: Any = None,
+    axis_name: AxisName | None = None,
+) -> PyTree:
+    """Weighted sum of the environments' gradients, `sum_e w_e g_e`.
+
+    Args:
+      grads: see `gramian`.
+      weights: `[env]` of any sign, or a tree prefix of params with such arrays. An
+        environment of weight 0 might as well not be there, even where its gradient is
+        NaN.
+      env_weights: `[env]`, for stacked gradients; 0 marks an absent environment, other
+        weights change nothing.
+      axis_name: see `and_mask`.
+
+    Returns:
+      A tree like params, in at least float32.
+
+    Raises:
+      TypeError: as `gramian`; weights that are not real.
+      ValueError: as `gramian`; weights of another shape, or a tree that is no prefix
+        of params.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> grads = jnp.array([[1.0, 2.0], [3.0, -1.0]])  # [env, 2]
+      >>> hardvary.combine(grads, jnp.array([1.0, -1.0])).tolist()
+      [-2.0, 3.0]
+    """
+    given = forms.read(grads, "combine", None, env_weights, axis_name)
+    try:
+        shared = jax.tree.broadcast(weights, grads, is_leaf=forms.is_leaf)
+    except ValueError as error:
+        raise ValueError(
+            "combine: weights must be an array [env], or a tree prefix of params with "
+            f"such arrays: {error}"
+        ) from error
+    # A list of the same array, not of copies: an EnvGrad tells it by its identity.
+    return given.unflatten(given.combine(jax.tree.leaves(shared)))

@@ -1,0 +1,47 @@
+"""Where the gradients of an `EnvGrad` come from."""
+
+import abc
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hardvary import _validate
+from hardvary._env_grads.statistics import MEAN, EnvWeights, Statistic, Sums
+
+
+class Source(abc.ABC):
+    """Gradients of parameters that are computed together, in all environments.
+
+    Whoever has the gradients knows how to sum over environments and how to stack; the
+    rest has a form here that is always right, to be overridden by a faster one. All
+    results are lists, a parameter each.
+
+    Attributes:
+      num_envs: number of environments, on this device.
+    """
+
+    num_envs: int
+
+    @abc.abstractmethod
+    def sums(self, statistics: Sequence[Statistic], weights: EnvWeights | None) -> Sums:
+        """Sums of statistics over environments, as `sum_over_envs` returns them."""
+
+    @abc.abstractmethod
+    def stack(self) -> list[jax.Array]:
+        """`[env, *param.shape]`, in the dtype of the parameter."""
+
+    def combine(self, weights: EnvWeights) -> list[jax.Array]:
+        """`sum_e w_e g_e`, at least float32; weights of any sign."""
+        return self.sums([MEAN], weights)[MEAN]
+
+    def gramian(self) -> list[jax.Array]:
+        """`[env, env]`, inner products of gradients, at least float32."""
+        return [inner_products(grad) for grad in self.stack()]
+
+
+def inner_products(grad: jax.Array) -> jax.Array:
+    """`[env, env]` of a stacked gradient, in at least float32."""
+    rows = grad.reshape(len(grad), -1).astype(_validate.wide(grad.dtype))
+    # The default of accelerators rounds the factors.
+    return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,209 @@
+"""The way to write an aggregator that works component by component."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hardvary import _hyperparams, _validate
+from hardvary._env_grads import forms
+from hardvary._env_grads import statistics as st
+from hardvary._env_grads.grad_stats import GradStats, StatName
+from hardvary._typing import AxisName, PyTree
+
+# From the statistics of one parameter to the mask in [0, 1] (boolean or floating) and
+# the direction that it is to scale, both `param.shape`.
+Rule = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class AggregatorState(NamedTuple):
+    """State of an aggregator.
+
+    Attributes:
+      kept_fraction: float32 scalar, share of all components that passed the mask in
+        the last update (the mean of a soft mask; 1 where nothing is masked); 0 before
+        the first. Read it with `optax.tree.get(opt_state, "kept_fraction")`.
+      mask_count: int32 scalar, number of updates so far, where a hyperparameter is a
+        schedule; None elsewhere.
+    """
+
+    kept_fraction: jax.Array
+    mask_count: Any = None
+
+
+def aggregator(
+    rule: Rule,
+    *,
+    stats: Sequence[StatName] = ("mean", "sign"),
+    rescale: bool = False,
+    max_rescale: jax.typing.ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    name: str | None = None,
+    **hyperparams: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""An aggregator from a rule for one parameter.
+
+    .. math:: u_j = m_j \, v_j, \qquad (m, v) = \mathrm{rule}(\text{statistics})
+
+    `and_mask` and its relatives are made with it. All forms of gradients, weights,
+    devices, NaN, dtypes, rescaling and the state are taken care of.
+
+    Args:
+      rule: `rule(stats, **hyperparams) -> (mask, direction)` with a `GradStats` of one
+        parameter, all arrays in at least float32; mask in [0, 1], boolean or floating,
+        and direction have the shape of the parameter. Pure, traced.
+      stats: names of the statistics that the rule reads, see `grad_stats`.
+      rescale: multiply the direction of each leaf by
+        (components in the leaf) / (sum of the mask); a leaf with nothing kept stays 0.
+      max_rescale: cap of that factor, >= 1; None for none. Unused without `rescale`.
+      axis_name: see `and_mask`.
+      name: for messages; the rule's own unless given.
+      hyperparams: numbers for the rule, each possibly traced, a schedule, or a tree
+        prefix of params with these: the rule gets the number for its parameter and
+        step.
+
+    Returns:
+      A transformation with the contract of `and_mask` and state `AggregatorState`.
+
+    Raises:
+      TypeError: a rule that is not callable, `stats` that is no sequence of names, a
+        hyperparameter that is no real scalar, schedule or tree of these.
+      ValueError: unknown statistics, max_rescale < 1; (tracing) as `and_mask`, a mask
+        or direction of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> def rule(stats, quorum):  # the mean, where enough have a gradient at all
+      ...     return stats.nonzero_sum >= quorum, stats.mean
+      >>> tx = hardvary.aggregator(rule, stats=("mean", "nonzero"), quorum=2.0)
+      >>> grads = jnp.array([[1.0, 2.0], [3.0, 0.0]])  # [env, 2]
+      >>> updates, state = tx.update(grads, tx.init(jnp.zeros(2)))
+      >>> updates.tolist()
+      [2.0, 0.0]
+
+    Warning:
+      Must come first in an `optax.chain`.
+    """
+    if not callable(rule):
+        raise TypeError(f"rule must be callable, got {rule!r}")
+    statistics = st.named(_validate.names("stats", stats, tuple(st.STATISTICS)))
+    for key, value in hyperparams.items():
+        _hyperparams.check_scalars(key, value)
+    name = getattr(rule, "__name__", "aggregator") if name is None else name
+    return build(
+        rule,
+        statistics,
+        name=name,
+        rescale=rescale,
+        max_rescale=max_rescale,
+        axis_name=axis_name,
+        hyperparams=hyperparams,
+    )
+
+
+def build(
+    rule: Rule,
+    statistics: Sequence[st.Statistic],
+    *,
+    name: str,
+    rescale: bool,
+    max_rescale: Any,
+    axis_name: AxisName | None,
+    hyperparams: dict[str, Any],
+) -> optax.GradientTransformationExtraArgs:
+    """As `aggregator`, of `Statistic`s and hyperparameters that are checked."""
+    if not isinstance(rescale, bool):
+        raise TypeError(f"rescale must be True or False, got {rescale!r}")
+    if max_rescale is not None:
+        _validate.at_least("max_rescale", max_rescale, 1.0)
+    scheduled = any(map(_hyperparams.is_scheduled, hyperparams.values()))
+
+    def init_fn(params: PyTree) -> AggregatorState:
+        del params
+        return AggregatorState(
+            kept_fraction=jnp.zeros((), jnp.float32),
+            mask_count=jnp.zeros((), jnp.int32) if scheduled else None,
+        )
+
+    def factor(kept: jax.Array, size: int) -> jax.Array:
+        value = jnp.where(kept > 0, size / jnp.where(kept > 0, kept, 1), 0)
+        if max_rescale is None:
+            return value
+        return jnp.minimum(value, jnp.asarray(max_rescale).astype(value.dtype))
+
+    def update_leaf(
+        leaf: GradStats, given: dict[str, Any], dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        mask, direction = rule(leaf, **given)
+        _check_shapes(name, leaf, mask, direction)
+        kept = jnp.sum(mask, dtype=jnp.float32)
+        if rescale:
+            wide = _validate.wide(direction.dtype)
+            direction = direction.astype(wide) * factor(kept, mask.size).astype(wide)
+        if mask.dtype == jnp.bool_:
+            update = jnp.where(mask, direction, 0)
+        else:
+            update = mask.astype(direction.dtype) * direction
+        return jnp.where(_broken(leaf), jnp.nan, update).astype(dtype), kept
+
+    def update_fn(
+        updates: PyTree,
+        state: AggregatorState,
+        params: PyTree | None = None,
+        *,
+        env_weights: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, AggregatorState]:
+        del extra_args
+        grads = forms.read(updates, name, params, env_weights, axis_name)
+        count = 0 if state.mask_count is None else state.mask_count
+        values = {
+            key: _hyperparams.per_leaf(key, value, updates, count, forms.is_leaf)
+            for key, value in hyperparams.items()
+        }
+        results = [
+            update_leaf(leaf, {key: value[i] for key, value in values.items()}, dtype)
+            for i, (leaf, dtype) in enumerate(
+                zip(grads.stats(statistics), grads.dtypes, strict=True)
+            )
+        ]
+        size = sum(update.size for update, _ in results)
+        kept = sum((kept for _, kept in results), jnp.zeros((), jnp.float32))
+        return (
+            grads.unflatten([update for update, _ in results]),
+            AggregatorState(kept / max(size, 1), next_count(state.mask_count)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def next_count(count: Any) -> Any:
+    return None if count is None else optax.safe_increment(count)
+
+
+def _broken(leaf: GradStats) -> jax.Array:
+    """Where a present environment's gradient is not finite, as far as can be told."""
+    if leaf.sign_sum is not None:
+        return jnp.isnan(leaf.sign_sum)
+    if leaf.mean is not None:
+        return ~jnp.isfinite(leaf.mean)
+    values = [getattr(leaf, s.field) for s in st.STATISTICS.values()]
+    broken = [jnp.isnan(value) for value in values if value is not None]
+    result = broken[0]
+    for other in broken[1:]:
+        result |= other
+    return result
+
+
+def _check_shapes(
+    name: str, leaf: GradStats, mask: jax.Array, direction: jax.Array
+) -> None:
+    shape = jnp.shape(_broken(leaf))
+    for what, array in (("mask", mask), ("direction", direction)):
+        if jnp.shape(array) != shape:
+            raise ValueError(
+                f"{name}: the rule's {what} must have the shape {shape} of its "
+                f"parameter, got {jnp.shape(array)}"
+            )

@@ -1,0 +1,241 @@
+"""The rule for one outer product per environment.
+
+Functions f with f(a b) = f(a) f(b) are summed over environments by one matrix product
+of f of the factors: sums, sums of squares, sums of signs.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hardvary import _validate, sharding
+from hardvary._env_grads.statistics import (
+    MEAN,
+    SIGN,
+    EnvWeights,
+    Statistic,
+    Sums,
+    along_envs,
+    present,
+    sign_or_nan,
+)
+from hardvary.fused.rules.layout import in_layout
+from hardvary.fused.rules.scan import Scan
+from hardvary.fused.tracing import Use
+
+# Environments whose signs are counted at once, on CPU: a few words.
+PART = 128
+
+
+def rows(use: Use) -> int:
+    """Number of outer products whose sum an environment's gradient is."""
+    *_, free = _sides(use)
+    shape = use.eqn.invars[1 - use.side].aval.shape
+    return math.prod(shape[i] for i in free)
+
+
+class Product(Scan):
+    """One more matrix product for each statistic."""
+
+    def sums(self, statistics: Sequence[Statistic], weights: EnvWeights | None) -> Sums:
+        # log(|a b| + eps) is no product of anything.
+        rest = [s for s in statistics if not s.multiplicative]
+        result = super().sums(rest, weights) if rest else {}
+        (use,) = self.group.uses
+        data, cotangent = (present(x, weights) for x in self._factors())
+        votes = [s for s in statistics if not s.averaged]
+        wanted = [s for s in statistics if s not in rest]
+        if votes and MEAN not in wanted:
+            wanted.append(MEAN)
+        dtype = _validate.wide(self.leaves[0].dtype)
+        for statistic in wanted:
+            if statistic is SIGN and weights is None:
+                total = _sum_of_signs(use, data, cotangent, dtype)
+            else:
+                left, right = data, cotangent
+                if statistic is not MEAN or weights is not None:
+                    # A square may leave the range of the factors' dtype.
+                    left, right = left.astype(dtype), right.astype(dtype)
+                left, right = statistic.function(left), statistic.function(right)
+                if weights is not None:
+                    weight = along_envs(weights.of(statistic), right)
+                    right = right * weight.astype(dtype)
+                # What is precise enough for gradients would round the weights of signs.
+                highest = jax.lax.Precision.HIGHEST
+                usual = use.eqn.params["precision"]
+                precision = usual if statistic.averaged else highest
+                total = _outer(use, left, right, dtype, precision)
+            result[statistic] = [self._in_layout(total)]
+        for statistic in votes:
+            # Finite factors may have a product that is not.
+            finite = jnp.isfinite(result[MEAN][0])
+            result[statistic] = [jnp.where(finite, result[statistic][0], jnp.nan)]
+        return {s: result[s] for s in statistics}
+
+    def gramian(self) -> list[jax.Array]:
+        (use,) = self.group.uses
+        data, cotangent = self._factors()
+        *_, batch, _ = _sides(use)
+        dtype = _validate.wide(self.leaves[0].dtype)
+
+        def products(factor: jax.Array, batch: Sequence[int]) -> jax.Array:
+            """`[batch, env, env]`."""
+            first = [axis + 1 for axis in batch]
+            others = [i for i in range(1, factor.ndim) if i not in first]
+            factor = jnp.transpose(factor, (*first, 0, *others)).astype(dtype)
+            size = math.prod(factor.shape[: len(first)])
+            factor = factor.reshape(size, self.num_envs, -1)
+            highest = jax.lax.Precision.HIGHEST
+            return jnp.einsum("bei,bfi->bef", factor, factor, precision=highest)
+
+        # Batch axes come first in the output.
+        return [
+            jnp.sum(
+                products(data, batch) * products(cotangent, range(len(batch))), axis=0
+            )
+        ]
+
+    def _factors(self) -> tuple[jax.Array, jax.Array]:
+        """The data that a parameter meets, and the cotangent; `[env, ...]`."""
+        ((data,),), ((cotangent,),) = self.left_behind()
+        return data, cotangent
+
+    def _in_layout(self, total: jax.Array) -> jax.Array:
+        (use,), (leaf,) = self.group.uses, self.group.leaves
+        return in_layout(self.traced, use.operands[0], leaf, total)
+
+
+def _sides(use: Use) -> tuple[Any, ...]:
+    """Contracted and batch axes of parameter and data, and the data's other axes."""
+    contract, batch = use.eqn.params["dimension_numbers"]
+    mine, other = use.side, 1 - use.side
+    ndim = use.eqn.invars[other].aval.ndim
+    free = [i for i in range(ndim) if i not in (*contract[other], *batch[other])]
+    return contract[mine], batch[mine], contract[other], batch[other], free
+
+
+def _outer(
+    use: Use,
+    data: jax.Array,
+    cotangent: jax.Array,
+    dtype: Any,
+    precision: Any,
+) -> jax.Array:
+    """Sums the products of all environments, in the layout of the parameter."""
+    mine_contract, mine_batch, contract, batch, free = _sides(use)
+    ndim = use.eqn.invars[use.side].aval.ndim
+    mine_free = [i for i in range(ndim) if i not in (*mine_contract, *mine_batch)]
+    # The output has batch axes, free axes of the left side, those of the right side.
+    before = len(batch) + (len(mine_free) if use.side == 0 else 0)
+    rows = range(before, before + len(free))
+    up = lambda axes: tuple(axis + 1 for axis in axes)  # noqa: E731
+    product = jax.lax.dot_general(
+        data,
+        cotangent,
+        (
+            ((0, *up(free)), (0, *up(rows))),
+            (up(batch), up(range(len(batch)))),
+        ),
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    # Now: batch axes, contracted axes in the data's order, the parameter's free axes.
+    in_order = sorted(range(len(contract)), key=lambda i: contract[i])
+    axes = [*mine_batch, *(mine_contract[i] for i in in_order), *mine_free]
+    return jnp.transpose(product, [axes.index(axis) for axis in range(len(axes))])
+
+
+def _sum_of_signs(
+    use: Use, data: jax.Array, cotangent: jax.Array, dtype: Any
+) -> jax.Array:
+    """Sums the signs of the products of all environments, as `_outer` does."""
+    if not sharding.on_cpu():
+        # bfloat16 holds signs exactly, NaN too, and the sums are in a wide type.
+        left, right = (
+            sign_or_nan(factor).astype(jnp.bfloat16) for factor in (data, cotangent)
+        )
+        return _outer(use, left, right, jnp.dtype(jnp.float32), None).astype(dtype)
+    whole = len(data) // PART
+    if whole == 0 or len(data) == PART:
+        return _count_bits(use, data, cotangent).astype(dtype)
+
+    def body(total: jax.Array, factors: Any) -> tuple[jax.Array, None]:
+        return total + _count_bits(use, *factors), None
+
+    def parts(factor: jax.Array) -> jax.Array:
+        return factor[: whole * PART].reshape(whole, PART, *factor.shape[1:])
+
+    zeros = jnp.zeros(use.operands[0].aval.shape, jnp.float32)
+    total, _ = jax.lax.scan(
+        body,
+        sharding.vary_like(zeros, (data, cotangent)),
+        (parts(data), parts(cotangent)),
+    )
+    if len(data) % PART:
+        total += _count_bits(use, data[whole * PART :], cotangent[whole * PART :])
+    return total.astype(dtype)
+
+
+def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`_sum_of_signs` in float32, 32 environments in a word.
+
+    A CPU multiplies 8 or 16 numbers at once, and so many times 32 signs.
+    """
+    mine_contract, mine_batch, contract, batch, free = _sides(use)
+    num_batch, ndim = len(batch), use.eqn.invars[use.side].aval.ndim
+    mine_free = [i for i in range(ndim) if i not in (*mine_contract, *mine_batch)]
+    left = jnp.transpose(
+        left, (0, *(i + 1 for i in (*batch, *contract, *free)))
+    ).reshape(*(left.shape[0], *(left.shape[i + 1] for i in (*batch, *contract))))
+    # One row: what is not a batch axis of the output belongs to the parameter.
+    sizes = [use.eqn.invars[use.side].aval.shape[i] for i in (*mine_batch, *mine_free)]
+    right = right.reshape(len(right), *sizes)
+
+    def spread(words: jax.Array, is_left: bool) -> jax.Array:
+        """Axes [word, batch, contracted, free], of size 1 where there is none."""
+        shape = words.shape
+        ones = (1,) * len(mine_free if is_left else mine_contract)
+        at = len(shape) if is_left else 1 + num_batch
+        return words.reshape(*shape[:at], *ones, *shape[at:])
+
+    nonzero, negative, broken = zip(_pack(left), _pack(right), strict=True)
+    nonzero, negative, broken = (
+        (spread(of_left, True), spread(of_right, False))
+        for of_left, of_right in (nonzero, negative, broken)
+    )
+    total = jnp.zeros((), jnp.int32)
+    for word in range(len(nonzero[0])):
+        both = nonzero[0][word] & nonzero[1][word]
+        differ = (negative[0][word] ^ negative[1][word]) & both
+        total += jax.lax.population_count(both).astype(jnp.int32)
+        total -= 2 * jax.lax.population_count(differ).astype(jnp.int32)
+    product = jnp.where(broken[0][0] | broken[1][0], jnp.nan, total.astype(jnp.float32))
+    axes = [*mine_batch, *mine_contract, *mine_free]
+    return jnp.transpose(product, [axes.index(axis) for axis in range(ndim)])
+
+
+def _pack(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Signs, 32 environments in a word: not zero; negative; and `[1, ...]`, any NaN."""
+    # Sums of powers of two, half a word at a time, are exact in float32, and a matrix
+    # product is the fastest way to them.
+    num_halves = 2 * -(-len(factor) // 32)
+    powers = np.zeros((num_halves, len(factor)), np.float32)
+    for env in range(len(factor)):
+        powers[env // 16, env] = 2.0 ** (env % 16)
+
+    def halves(bits: jax.Array) -> jax.Array:
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.tensordot(powers, bits, axes=1, precision=highest)
+
+    def words(halves: jax.Array) -> jax.Array:
+        low, high = halves[0::2], halves[1::2]
+        return low.astype(jnp.uint32) | (high.astype(jnp.uint32) << 16)
+
+    sign = sign_or_nan(factor).astype(jnp.float32)
+    # NaN * NaN is NaN and reaches every word.
+    nonzero, negative = halves(sign * sign), halves((sign < 0).astype(jnp.float32))
+    return words(nonzero), words(negative), jnp.isnan(nonzero[:1])

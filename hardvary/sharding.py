@@ -1,0 +1,164 @@
+"""Everything about devices: sums over mapped axes, varying values, explicit meshes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hardvary import _validate
+from hardvary._typing import AxisName, PyTree
+
+
+def on_cpu() -> bool:
+    """Whether computations go to a CPU unless told otherwise.
+
+    Results do not depend on it: it picks the faster of two ways, and is asked while
+    tracing so that only that one is traced.
+    """
+    return jax.default_backend() == "cpu"
+
+
+def names_of(axis_name: AxisName | None) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+# Values that differ between the devices of a mapped axis.
+
+
+def _varying(leaf: Any) -> frozenset[Any]:
+    if not isinstance(leaf, jax.Array):
+        return frozenset()
+    return jax.typeof(leaf).manual_axis_type.varying
+
+
+def vary_like(
+    tree: PyTree, reference: PyTree, axis_name: AxisName | None = None
+) -> PyTree:
+    """Marks `tree` as varying over the shard_map axes that `reference` varies over.
+
+    And over `axis_name`, as far as it names such axes.
+    """
+    leaves = jax.tree.leaves(reference)
+    wanted = frozenset().union(*(_varying(leaf) for leaf in leaves))
+    if axis_name is not None:
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        wanted |= set(names_of(axis_name)) & set(manual)
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(wanted - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree) if wanted else tree
+
+
+# Sums over the environments of all devices.
+
+
+def psum_counts(
+    counts: Sequence[jax.Array],
+    limit: int,
+    axis_name: AxisName,
+    means: Sequence[jax.Array] | None,
+) -> list[jax.Array]:
+    """Sums counts of at most `limit` over devices, in the narrowest type that fits.
+
+    Args:
+      counts: whole numbers, or NaN for a gradient that is not finite.
+      limit: bound on every sum.
+      axis_name: mapped axis.
+      means: sums of gradients over all devices, which are not finite where a
+        gradient is not.
+    """
+    if means is not None and limit <= np.iinfo(np.int8).max:
+
+        def sum_of(count: jax.Array, mean: jax.Array) -> jax.Array:
+            whole = jnp.where(jnp.isfinite(count), count, 0).astype(jnp.int8)
+            total = jax.lax.psum(whole, axis_name).astype(count.dtype)
+            return jnp.where(jnp.isfinite(mean), total, jnp.nan)
+
+        return [sum_of(*pair) for pair in zip(counts, means, strict=True)]
+    # float16 holds every whole number up to here, and NaN.
+    dtype = jnp.float16 if limit <= 2048 else None
+
+    def narrow(count: jax.Array) -> jax.Array:
+        sent = count if dtype is None else count.astype(dtype)
+        return jax.lax.psum(sent, axis_name).astype(count.dtype)
+
+    return [narrow(count) for count in counts]
+
+
+def own_rows(array: jax.Array, axis_name: AxisName | None, num_rows: int) -> jax.Array:
+    """The `num_rows` rows of the device at hand, of an array with those of all."""
+    if axis_name is None:
+        return array
+    start = jax.lax.axis_index(axis_name) * num_rows
+    return jax.lax.dynamic_slice_in_dim(array, start, num_rows)
+
+
+def all_rows(array: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Rows of all devices, the same on each of them."""
+    if axis_name is None:
+        return array
+    num_rows = len(array)
+    total = num_rows * jax.lax.axis_size(axis_name)
+    zeros = jnp.zeros((total, *array.shape[1:]), array.dtype)
+    start = jax.lax.axis_index(axis_name) * num_rows
+    placed = jax.lax.dynamic_update_slice_in_dim(
+        vary_like(zeros, array, axis_name), array, start, 0
+    )
+    # Not all_gather: its result counts as different on each device.
+    return jax.lax.psum(placed, axis_name)
+
+
+# Meshes with explicit axes.
+
+
+def _spec(leaf: Any) -> tuple[Any, ...]:
+    if not isinstance(leaf, jax.Array):
+        return ()
+    return tuple(jax.typeof(leaf).sharding.spec)
+
+
+def explicit_axes(batch: PyTree) -> tuple[str, ...]:
+    """Mesh axes over which the environments are spread for all to see."""
+    for leaf in jax.tree.leaves(batch):
+        axes = _spec(leaf)[:1]
+        if axes and axes[0] is not None:
+            return names_of(axes[0])
+    return ()
+
+
+def spread_over(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """`tree` with axis 0 of every leaf spread over explicit axes, and nothing else."""
+
+    def spread(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        spec = jax.P(axes, *(None,) * (leaf.ndim - 1))
+        return jax.reshard(leaf, spec)
+
+    return jax.tree.map(spread, tree)
+
+
+def gather(leaf: Any) -> jax.Array:
+    """`leaf` with all environments on every device, if it is sharded explicitly."""
+    leaf = jnp.asarray(leaf)
+    spec = _spec(leaf)
+    if spec and spec[0] is not None:
+        leaf = jax.reshard(leaf, jax.P(None, *spec[1:]))
+    return leaf
+
+
+def refuse_sharded_parameters(params: PyTree, what: str) -> None:
+    """Raises ValueError for a parameter that an explicit mesh has split."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if any(axis is not None for axis in _spec(leaf)):
+            raise ValueError(
+                f"{what} needs parameters that are replicated over the mesh; the leaf "
+                f"at {_validate.leaf_path(path)} is sharded as {_spec(leaf)}. Gather "
+                "them first, jax.reshard(params, jax.P()), or use an explicit mesh for "
+                "the environments only"
+            )
