@@ -25,7 +25,9 @@ from hardvary.aggregators.xor_mask import xor_mask
 from hardvary.decay import add_l1_decay
 from hardvary.fused.explain import Explanation, ParameterRule
 from hardvary.temporal import (
+    ScaleByTemporalAndMaskAdamState,
     TemporalAndMaskState,
+    scale_by_temporal_and_mask_adam,
     temporal_and_mask,
     temporal_and_mask_adam,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "Explanation",
     "GradStats",
     "ParameterRule",
+    "ScaleByTemporalAndMaskAdamState",
     "TemporalAndMaskState",
     "add_l1_decay",
     "aggregator",
@@ -56,6 +59,7 @@ __all__ = [
     "objectives",
     "per_env_grad",
     "sand_mask",
+    "scale_by_temporal_and_mask_adam",
     "temporal_and_mask",
     "temporal_and_mask_adam",
     "value_and_env_grads",

@@ -189,10 +189,7 @@ def _make_trainer(
         optimizer = make_optimizer(method, rates)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        share = jnp.float32(1)
-        if method == "and_mask":
-            mask = optax.tree.get(opt_state, "TemporalAndMaskState")
-            share = mask.kept_fraction(rates.threshold)
+        share = optax.tree.get(opt_state, "kept_fraction", jnp.float32(1))
         return State(Variables(params, batch_stats), opt_state), Step(kl, share)
 
     def order_of(dataset: Dataset, key: jax.Array, index: jax.Array) -> Batch:
