@@ -1,6 +1,7 @@
 """The L1 counterpart of `optax.add_decayed_weights`."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,21 @@ from hardvary import _validate
 PyTree = Any
 
 
+class AddL1DecayState(NamedTuple):
+    """State of `add_l1_decay` with a schedule.
+
+    Attributes:
+      count: int32 scalar, number of updates so far; named as in the state of
+        `optax.add_decayed_weights`.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+
+
 def add_l1_decay(
-    strength: Any, mask: PyTree | None = None
-) -> optax.GradientTransformation:
+    strength: optax.ScalarOrSchedule,
+    mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
+) -> optax.GradientTransformationExtraArgs:
     r"""Adds the gradient of an L1 penalty, `strength * sign(param)`.
 
     .. math:: u \leftarrow u + \lambda \operatorname{sign}(\theta)
@@ -24,16 +37,21 @@ def add_l1_decay(
     units that start out tuned to shortcuts). `sign(0) = 0`.
 
     Args:
-      strength: :math:`\lambda` >= 0; may be traced.
+      strength: :math:`\lambda` >= 0, a scalar or a schedule (a function of the number
+        of updates so far); may be traced. What a schedule returns is not checked to
+        be >= 0.
       mask: tree of booleans, a prefix of params, or a function from params to one;
         True where the decay applies. None decays everything.
 
     Returns:
-      An `optax.GradientTransformation` whose `update` needs `params`.
+      An `optax.GradientTransformationExtraArgs` whose `update` needs `params`. Sums
+      are computed in at least float32 and keep the dtype of the updates.
 
     Raises:
-      TypeError: a strength that is no real scalar.
-      ValueError: strength < 0; (tracing) `update` without params.
+      TypeError: a strength that is no real scalar; (tracing) updates that are not
+        real floating.
+      ValueError: a strength that is negative or not finite; (tracing) `update`
+        without params.
 
     Example:
       >>> import jax.numpy as jnp, hardvary
@@ -43,20 +61,42 @@ def add_l1_decay(
       >>> updates.tolist()
       [0.5, 0.0, -0.5]
     """
-    _validate.at_least("strength", strength, 0.0)
+    if not callable(strength):
+        _validate.finite_at_least("strength", strength, 0.0)
 
-    def add(updates: PyTree, params: PyTree | None) -> PyTree:
+    def init_fn(params: PyTree) -> optax.OptState:
+        del params
+        if callable(strength):
+            return AddL1DecayState(count=jnp.zeros((), jnp.int32))
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, optax.OptState]:
+        del extra_args
         if params is None:
             raise ValueError(
                 "add_l1_decay needs the parameters: call update(updates, state, params)"
             )
-        return jax.tree.map(
-            lambda u, p: (
-                u + jnp.asarray(strength).astype(u.dtype) * jnp.sign(p).astype(u.dtype)
-            ),
-            updates,
-            params,
-        )
+        _validate.real_floating(updates, "add_l1_decay: updates")
+        value = strength
+        if callable(strength):
+            value = strength(state.count)
+            _validate.scalar(
+                "what the schedule strength returns", value, rule="that is >= 0"
+            )
+            state = AddL1DecayState(count=optax.safe_increment(state.count))
 
-    transform = optax.with_extra_args_support(optax.stateless(add))
+        def add(update: Any, param: Any) -> jax.Array:
+            dtype = jnp.result_type(update)
+            wide = _validate.wide(dtype)
+            pull = jnp.asarray(value).astype(wide) * jnp.sign(param).astype(wide)
+            return (jnp.asarray(update).astype(wide) + pull).astype(dtype)
+
+        return jax.tree.map(add, updates, params), state
+
+    transform = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     return transform if mask is None else optax.masked(transform, mask)
