@@ -3,17 +3,21 @@
 import dataclasses
 import os
 import pathlib
+import random
+import signal
 import subprocess
 import sys
+import time
 
-import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import compiler  # no public way to its options for all that is compiled
 
 from experiments.common.run_dir import RunDir
-from tests._zoo import QUICK
+from tests import zoo
 
 ROOT = pathlib.Path(__file__).parents[2]
+QUICK = {**zoo.QUICK, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,38 +49,49 @@ def toy_epoch(state, epoch):
     return {"x": x, "count": state["count"] + 1}, {"loss": x, "square": x * x}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="package")
 def quick_compilation():
-    """Without optimization, where compiling for a few steps is all that tests cost."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """Compiles everything as `QUICK` says, eager operations and library calls too.
 
+    Compiling for a few steps is most of what these tests cost.
+    """
+    get_compile_options = compiler.get_compile_options
 
-@pytest.fixture(scope="module")
-def quick_workers(tmp_path_factory):
-    """Workers compile as with `quick_compilation`, and only once between them."""
-    cache = tmp_path_factory.mktemp("compilation-cache")
+    def quickly(*arguments, env_options_overrides=None, **options):
+        overrides = {**QUICK, **(env_options_overrides or {})}
+        return get_compile_options(
+            *arguments, env_options_overrides=overrides, **options
+        )
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        flags = " ".join(f"--{name}={value}" for name, value in QUICK.items())
-        patch.setenv("XLA_FLAGS", flags)
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        patch.setattr(compiler, "get_compile_options", quickly)
         yield
 
 
 @pytest.fixture(scope="session")
 def command_environment(tmp_path_factory):
-    """Environment of subprocesses; they share one compilation cache."""
+    """Environment of subprocesses; they share one compilation cache.
+
+    They compile as this process does, so that results are the same to the bit.
+    """
     cache = tmp_path_factory.mktemp("compilation-cache")
+    flags = [f"--{name}={value}" for name, value in QUICK.items()]
     return {
         **os.environ,
+        "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip(),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick_workers(command_environment):
+    """Processes that a command starts have that environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in command_environment.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -95,3 +110,27 @@ def start(command_environment):
         )
 
     return start
+
+
+def kill_at_random(start, journal, times):
+    """Starts a search that often, and kills it each time; says how often it lived.
+
+    The first time once there is a journal, then in a trial that it has begun: a fixed
+    time would come too late on a fast machine, and too early on a slow one.
+    """
+
+    def begun():
+        return journal.read_bytes().count(b'"op_code":4') if journal.exists() else -1
+
+    moment, kills = random.Random(1), 0
+    for _ in range(times):
+        before = begun()
+        process = start()
+        while process.poll() is None and begun() == before:
+            time.sleep(0.01)
+        time.sleep(moment.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        time.sleep(0.5)  # the worker notices that its parent is gone
+    return kills

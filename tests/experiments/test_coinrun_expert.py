@@ -171,7 +171,6 @@ def test_evaluate_without_a_usable_expert_is_refused(tmp_path, capsys):
 
 
 @needs_game
-@pytest.mark.usefixtures("quick_compilation")
 def test_trainer_block_is_a_function_of_the_state():
     config = dataclasses.replace(SMOKE, frames=FRAMES)
     with Trainer(config) as trainer:

@@ -19,8 +19,6 @@ from experiments.coinrun.expert.policy import (
     to_blocks,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = PpoConfig(clip_eps=0.2, vf_coef=0.7, ent_coef=0.03)
 
 

@@ -20,8 +20,6 @@ from experiments.coinrun.student.rerun import load_selected, summarize, train_co
 from experiments.common.cli import main
 from experiments.common.run_dir import RunDirError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_workers")
-
 SMOKE = RERUN_PRESETS["smoke"]
 CHOSEN = {
     "adam": {

@@ -16,7 +16,6 @@ from experiments.coinrun.student.resnet import (
     make_train_apply,
 )
 from tests._asserts import assert_trees_close
-from tests._zoo import compile_quickly
 
 ARCHITECTURE = Architecture(width=2, momentum=0.8)
 
@@ -36,7 +35,7 @@ def by_name(tree):
 def variables():
     """Random ones, also where initial ones are 0 or 1."""
     init = functools.partial(init_variables, architecture=ARCHITECTURE)
-    initial = compile_quickly(init)(jax.random.key(0))
+    initial = jax.jit(init)(jax.random.key(0))
     rng = np.random.default_rng(1)
 
     def perturb(leaf):
@@ -101,11 +100,11 @@ class ByHand:
 def test_resnet_is_the_network_written_by_hand(shape):
     batch = np.random.default_rng(0).integers(0, 256, (3, *shape, 3), np.uint8)
     tree = variables()
-    evaluated = compile_quickly(make_apply(ARCHITECTURE))(tree, batch)
+    evaluated = jax.jit(make_apply(ARCHITECTURE))(tree, batch)
     by_hand = ByHand(tree, training=False)
     np.testing.assert_allclose(evaluated, by_hand.logits(batch), rtol=1e-3, atol=1e-4)
 
-    trained, stats = compile_quickly(make_train_apply(ARCHITECTURE))(tree, batch)
+    trained, stats = jax.jit(make_train_apply(ARCHITECTURE))(tree, batch)
     by_hand = ByHand(tree, training=True)
     np.testing.assert_allclose(trained, by_hand.logits(batch), rtol=1e-3, atol=1e-3)
     stats = by_name(stats)
@@ -152,7 +151,7 @@ def test_resnet_18_of_the_paper_has_its_number_of_parameters():
 
 def test_resnet_initial_weights_are_torchvisions():
     init = functools.partial(init_variables, architecture=Architecture(16, blocks=1))
-    tree = compile_quickly(init)(jax.random.key(0))
+    tree = jax.jit(init)(jax.random.key(0))
     params = by_name(tree.params)
     kernel = params["blocks.3.second.conv.kernel"]
     assert kernel.shape == (3, 3, 128, 128)

@@ -5,10 +5,8 @@ import dataclasses
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +30,7 @@ from experiments.coinrun.student.search import (
 from experiments.common.bootstrap import bootstrap, bootstrap_difference
 from experiments.common.cli import main
 from experiments.common.search import open_study
-from tests.experiments.conftest import ROOT
-
-pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_workers")
+from tests.experiments.conftest import ROOT, kill_at_random
 
 SMOKE = SEARCH_PRESETS["smoke"]
 # Trials of one epoch: they are here to be killed, resumed and counted.
@@ -273,26 +269,16 @@ def test_search_tables_and_figures_are_the_best_trials(searched, tmp_path, capsy
 
 
 def test_search_killed_at_random_moments_and_resumed_has_every_trial_once(tmp_path):
-    path, moment = tmp_path / "run", random.Random(1)
+    path = tmp_path / "run"
     arguments = (*SHORT, "--methods", "adam", "--sampler", "random", "--out", path)
     command = [sys.executable, "-m", "experiments.coinrun", *map(str, arguments)]
-    kills = 0
-    for _ in range(2):
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+
+    def start():
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        # Not before there is a study to be killed in.
-        while process.poll() is None and not (path / "study.journal").exists():
-            time.sleep(0.05)
-        time.sleep(moment.uniform(0, 6))
-        process.kill()
-        process.wait()
-        kills += process.returncode == -signal.SIGKILL
-        time.sleep(0.5)  # the worker notices that its parent is gone
-    assert kills >= 1
+
+    assert kill_at_random(start, path / "study.journal", 2) >= 1
     assert coinrun(*arguments) == 0
     trials = read_csv(path / "trials.csv")
     assert [int(trial["number"]) for trial in trials] == [0, 1, 2]

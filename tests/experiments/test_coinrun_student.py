@@ -54,8 +54,6 @@ from experiments.common.run_dir import RunDir
 from tests._asserts import assert_trees_close, assert_trees_equal
 from tests.experiments._game import needs_game
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ADAM = dataclasses.replace(
     TRAIN_PRESETS["smoke"],
     method="adam",

@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import json
 import random
-import signal
-import time
 
 import optuna
 import pytest
@@ -31,6 +29,7 @@ from experiments.synthetic.search import (
 )
 from experiments.synthetic.spaces import SPACES, recipe_draws, suggest
 from experiments.synthetic.training import METRICS
+from tests.experiments.conftest import kill_at_random
 
 SMOKE = SEARCH_PRESETS["smoke"]
 # Trials of few epochs: they are here to be killed, resumed and counted.
@@ -320,17 +319,10 @@ def test_search_settings_reach_train_through_the_settings_flag(searched, tmp_pat
 def test_search_killed_at_random_and_resumed_by_two_workers_has_every_trial_once(
     start, searched, tmp_path
 ):
-    path, moment = tmp_path / "run", random.Random(1)
+    path = tmp_path / "run"
     arguments = ("search", *SHORT, "--trials", 4, "--out", path)
-    kills = 0
-    for _ in range(3):
-        process = start(*arguments)
-        time.sleep(moment.uniform(2, 8))
-        process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-        time.sleep(0.5)  # the worker notices that its parent is gone
-    assert kills >= 2
+    journal = path / "study.journal"
+    assert kill_at_random(lambda: start(*arguments), journal, 3) >= 2
     process = start(*arguments, "--workers", "2")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

@@ -28,8 +28,6 @@ from experiments.vision.cost import summarize as summarize_cost
 from experiments.vision.training import METRICS
 from hardvary import GradStats
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def vision(*arguments):
     """Runs a command in this process; returns its exit code."""

@@ -25,7 +25,6 @@ from experiments.vision.data import (
     read_fashion_mnist,
     redraw_labels,
 )
-from tests._zoo import compile_quickly
 
 PARTS = {"train": 40, "t10k": 20}
 
@@ -339,7 +338,7 @@ def test_generated_is_the_same_every_time():
 
 @functools.cache
 def compiled_redraw(fraction):
-    return compile_quickly(functools.partial(redraw_labels, fraction=fraction))
+    return jax.jit(functools.partial(redraw_labels, fraction=fraction))
 
 
 def redraw(seed, labels, fraction):

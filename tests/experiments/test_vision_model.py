@@ -23,7 +23,6 @@ from experiments.vision.model import (
 )
 from experiments.vision.training import make_plain_gradients, make_voting_gradients
 from tests._asserts import assert_trees_close, assert_trees_equal
-from tests._zoo import compile_quickly
 
 EXAMPLES = 4
 SETTINGS = Settings(dataset="generated", width=2, batch_size=EXAMPLES)
@@ -33,7 +32,7 @@ LABELS = jnp.array([3, 1, 4, 1])
 @functools.cache
 def initialize(architecture):
     init = functools.partial(init_variables, architecture=architecture)
-    return compile_quickly(init)(jax.random.key(0))
+    return jax.jit(init)(jax.random.key(0))
 
 
 def images(channels=1, side=8, seed=0, examples=EXAMPLES):
@@ -143,11 +142,11 @@ class ByHand:
 def test_fast_resnet_is_the_network_written_by_hand(channels, side, norm):
     architecture, tree = Architecture(channels, 2, norm), variables(channels, norm)
     batch = images(channels, side)
-    evaluated = compile_quickly(make_apply(architecture))(tree, batch)
+    evaluated = jax.jit(make_apply(architecture))(tree, batch)
     by_hand = ByHand(tree, norm, training=False)
     np.testing.assert_allclose(evaluated, by_hand.logits(batch), rtol=2e-4, atol=2e-5)
 
-    trained, stats = compile_quickly(make_train_apply(architecture))(tree, batch)
+    trained, stats = jax.jit(make_train_apply(architecture))(tree, batch)
     by_hand = ByHand(tree, norm, training=True)
     np.testing.assert_allclose(trained, by_hand.logits(batch), rtol=2e-4, atol=2e-5)
     stats = by_name(stats)
@@ -220,13 +219,13 @@ def losses_of(params, batch_stats, norm):
 def gradients(norm="batch", voting=False, **changes):
     settings = dataclasses.replace(SETTINGS, norm=norm, **changes)
     make = make_voting_gradients if voting else make_plain_gradients
-    return compile_quickly(make(settings, 1))(variables(1, norm), images(), LABELS)
+    return jax.jit(make(settings, 1))(variables(1, norm), images(), LABELS)
 
 
 def test_plain_gradient_is_that_of_the_mean_loss():
     params, stats = variables()
     grad = jax.grad(lambda p: losses_of(p, stats, "batch").mean())
-    expected = compile_quickly(grad)(params)
+    expected = jax.jit(grad)(params)
     assert_trees_close(gradients().gradients, expected, rtol=1e-3, atol=1e-6)
 
 
@@ -244,7 +243,7 @@ def test_path_gradients_of_examples_add_up_to_the_batch_gradient(norm):
         return jax.vmap(loss, axis_name=ENV_AXIS)(copies, images(), LABELS).sum()
 
     copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * EXAMPLES), tree.params)
-    stacked = compile_quickly(jax.grad(summed))(copies)
+    stacked = jax.jit(jax.grad(summed))(copies)
     voting, plain = gradients(norm, voting=True), gradients(norm)
     mean = jax.tree.map(lambda leaf: leaf.mean(0), stacked)
     votes = jax.tree.map(lambda leaf: jnp.sign(leaf).sum(0), stacked)
@@ -273,7 +272,7 @@ def assert_votes_agree(actual, expected, stacked):
 def backward_passes():
     """The full gradient of each example's loss, one backward pass for each."""
     params, stats = variables()
-    one = compile_quickly(jax.grad(lambda p, e: losses_of(p, stats, "batch")[e]))
+    one = jax.jit(jax.grad(lambda p, e: losses_of(p, stats, "batch")[e]))
     passes = [one(params, e) for e in range(EXAMPLES)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *passes)
 

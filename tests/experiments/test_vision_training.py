@@ -28,8 +28,6 @@ from experiments.vision.training import (
 )
 from tests._asserts import assert_trees_close, assert_trees_equal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = TrainConfig(**SMOKE, redrawn=0.5, threshold=0.2, learning_rate=1e-3)
 PLAIN = dataclasses.replace(CONFIG, threshold=0.0)
 
