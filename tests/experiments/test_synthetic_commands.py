@@ -28,7 +28,7 @@ from experiments.synthetic.training import METRICS
 from tests.experiments.conftest import ROOT
 
 # Long enough to be killed in, checkpoints close enough to be killed in one.
-LONG = ("--preset", "smoke", "--epochs", "160", "--checkpoint-every", "2")
+LONG = ("--preset", "smoke", "--epochs", "80", "--checkpoint-every", "2")
 
 
 def synthetic(*arguments):
