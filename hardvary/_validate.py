@@ -153,18 +153,15 @@ def same_structure(
         return
     paths = [path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)]
     expected = [path for path, _ in jax.tree.leaves_with_path(params)]
-    for path in paths:
-        if path not in expected:
-            difference = f"they have a leaf at {leaf_path(path)}, where params do not"
-            break
-    else:
-        missing = [path for path in expected if path not in paths]
-        difference = (
-            f"they have nothing at {leaf_path(missing[0])}, where params have a leaf"
-            if missing
-            else "the leaves have the same paths, in containers of other types"
-        )
-    raise ValueError(f"{what} must have the tree structure of params; {difference}")
+    # The first of each: two trees in full are more than anyone reads.
+    extra = [leaf_path(path) for path in paths if path not in expected][:1]
+    missing = [leaf_path(path) for path in expected if path not in paths][:1]
+    differences = [f"a leaf at {path}, where params have none" for path in extra]
+    differences += [f"no leaf at {path}, where params have one" for path in missing]
+    difference = ", and ".join(differences) or (
+        "the leaves at the same paths, in containers of other types"
+    )
+    raise ValueError(f"{what} must have the tree structure of params; got {difference}")
 
 
 def same_shapes(tree: PyTree, params: PyTree, what: str, mend: str) -> None:

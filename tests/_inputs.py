@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import hardvary
 
-STATISTICS = ("mean", "sign", "square", "log_abs")
+STATISTICS = ("mean", "sign", "square", "log_abs", "abs", "nonzero")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # What a leaf of parameters can look like; None is a subtree without leaves.

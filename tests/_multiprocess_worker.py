@@ -56,7 +56,8 @@ def train(params, batch, axis_name):
         losses, stats = oracle(params, batch)
         updates, state = tx.update(stats, state, params)
         kept = optax.tree.get(state, "kept_fraction")
-        log = {"losses": losses, "sign_sum": stats.sign_sum, "kept": kept}
+        votes = {name: leaf.sign_sum for name, leaf in stats.items()}
+        log = {"losses": losses, "sign_sum": votes, "kept": kept}
         return (optax.apply_updates(params, updates), state), log
 
     (params, _), log = jax.lax.scan(step, (params, tx.init(params)), length=STEPS)

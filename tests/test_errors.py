@@ -59,12 +59,20 @@ def test_threshold_outside_the_unit_interval_raises(name, value):
 @pytest.mark.parametrize("name", MAKERS_WITH_THRESHOLD)
 @pytest.mark.parametrize(
     "value",
-    ["0.5", None, True, 0.5j, [0.5], np.array([0.5]), lambda count: 0.5],
-    ids=["str", "none", "bool", "complex", "list", "array", "schedule"],
+    ["0.5", None, True, 0.5j, {"w": "0.5"}, np.array([0.5])],
+    ids=["str", "none", "bool", "complex", "tree", "array"],
 )
 def test_threshold_that_is_no_real_scalar_raises(name, value):
     with raises(TypeError, "threshold", "real scalar", "[0, 1]", "got"):
         MAKERS_WITH_THRESHOLD[name](threshold=value)
+
+
+@every_aggregator
+def test_threshold_tree_that_is_no_prefix_of_params_raises(name):
+    tx = AGGREGATORS[name]({"w": 0.5, "c": 0.5})
+    grads = {"w": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+    with raises(ValueError, "threshold", "prefix of params", "['b']"):
+        update(tx, grads)
 
 
 @every_aggregator
@@ -335,12 +343,12 @@ def test_grad_stats_together_with_env_weights_raise(name):
     "params", [jnp.ones(3), {"w": jnp.ones(2)}], ids=["shape", "tree"]
 )
 def test_grad_stats_unlike_params_raise(name, params):
-    with raises(ValueError, name, "statistics must have", "params"):
+    with raises(ValueError, name, "gradients must have", "params"):
         update(AGGREGATORS[name](0.5), linear_stats(), params)
 
 
 def test_geometric_mean_of_grad_stats_with_another_eps_raises():
-    with raises(ValueError, "geometric_mean", "eps", "1e-10", "stacked", "0.001"):
+    with raises(ValueError, "geometric_mean", "eps", "0.001", "1e-10", "stacked"):
         update(hardvary.geometric_mean(0.5, eps=1e-3), linear_stats())
 
 
@@ -567,12 +575,12 @@ def test_temporal_mask_on_stacked_gradients_raises(make):
         update(tx, jnp.ones((4, 3)), jnp.ones(3))
 
 
-def test_and_mask_statistics_of_different_trees_raise():
+def test_and_mask_grad_stats_with_a_tree_inside_raise():
     stats = hardvary.GradStats(
-        mean={"a": jnp.ones(2)}, sign_sum={"b": jnp.ones(2)}, num_envs=2.0
+        mean={"a": jnp.ones(2)}, sign_sum=jnp.ones(2), num_envs=2.0
     )
     tx = hardvary.and_mask()
-    with raises(ValueError, "and_mask: statistics", "tree structure"):
+    with raises(TypeError, "and_mask", "mean", "a dict", "GradStats at every leaf"):
         tx.update(stats, tx.init(None))
 
 
@@ -588,7 +596,7 @@ def test_and_mask_grad_stats_without_a_total_raises():
     [
         (lambda w, x: (jnp.sum(w * x), x), False, ["tuple", "pass has_aux=True"]),
         (lambda w, x: None, False, ["a NoneType"]),
-        (lambda w, x: (1, x), True, ["a int"]),
+        (lambda w, x: (1, x), True, ["an int"]),
         (lambda w, x: w * x, False, ["shape (2,)", "average over the examples"]),
     ],
     ids=["tuple", "nothing", "int", "vector"],

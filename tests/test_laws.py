@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hardvary
-from tests._asserts import assert_trees_close, assert_trees_equal
+from tests._asserts import assert_trees_close, assert_trees_equal, field_of
 from tests._inputs import (
     AGGREGATORS,
     HARD_MASKS,
@@ -42,15 +42,17 @@ def mask_of(name, grads, threshold, weights=None):
     votes = jax.tree.map(
         lambda leaf: jnp.tensordot(weights, jnp.sign(leaf), axes=1), grads
     )
-    ones = jax.tree.map(jnp.ones_like, votes)
-    zeros = jax.tree.map(jnp.zeros_like, votes)
-    stats = hardvary.GradStats(
-        mean=ones,
-        sign_sum=votes,
-        square_mean=ones,
-        log_abs_mean=zeros,
-        num_envs=jnp.float32(weights.sum()),
-    )
+
+    def leaf(vote):
+        return hardvary.GradStats(
+            mean=jnp.ones_like(vote),
+            sign_sum=vote,
+            square_mean=jnp.ones_like(vote),
+            log_abs_mean=jnp.zeros_like(vote),
+            num_envs=jnp.float32(weights.sum()),
+        )
+
+    stats = jax.tree.map(leaf, votes)
     return run(stats, threshold)[0]
 
 
@@ -292,12 +294,18 @@ def test_grad_stats_by_every_route_are_the_sums_over_environments(
     def mean(function):
         return jax.tree.map(lambda leaf: leaf / w.sum(), total(function))
 
-    assert stats.num_envs == w.sum()
+    for leaf in jax.tree.leaves(field_of(stats, "num_envs")):
+        assert leaf == w.sum()
     # Signs are counted, not averaged: no tolerance.
-    assert_trees_close(stats.sign_sum, total(np.sign), rtol=0, atol=0)
-    assert_trees_close(stats.mean, mean(lambda g: g), rtol=1e-6)
-    assert_trees_close(stats.square_mean, mean(np.square), rtol=1e-6)
-    assert_trees_close(stats.log_abs_mean, mean(lambda g: np.log(abs(g) + 1e-10)))
+    exact = {"rtol": 0, "atol": 0}
+    assert_trees_close(field_of(stats, "sign_sum"), total(np.sign), **exact)
+    assert_trees_close(field_of(stats, "nonzero_sum"), total(lambda g: g != 0), **exact)
+    assert_trees_close(field_of(stats, "mean"), mean(lambda g: g), rtol=1e-6)
+    assert_trees_close(field_of(stats, "square_mean"), mean(np.square), rtol=1e-6)
+    assert_trees_close(field_of(stats, "abs_mean"), mean(np.abs), rtol=1e-6)
+    assert_trees_close(
+        field_of(stats, "log_abs_mean"), mean(lambda g: np.log(abs(g) + 1e-10))
+    )
 
 
 @every_aggregator

@@ -1,5 +1,6 @@
 """Environments spread over devices or mapped axes equal those on one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hardvary
-from tests._asserts import assert_trees_close
+from tests._asserts import assert_trees_close, field_of
 from tests._inputs import AGGREGATORS, STATISTICS
 
 NUM_ENVS = 16
@@ -49,9 +50,10 @@ def on_one_device(name, params, batch, env_weights=None):
 
 
 def statistics_of(stats):
-    """What a GradStats says, apart from how it came about."""
-    names = ("mean", "sign_sum", "square_mean", "log_abs_mean", "num_envs")
-    return {name: getattr(stats, name) for name in names}
+    """What a tree of GradStats says, apart from how it came about."""
+    fields = dataclasses.fields(hardvary.GradStats)
+    names = [f.name for f in fields if f.name not in ("axis_names", "guard")]
+    return {name: field_of(stats, name) for name in names}
 
 
 def over_devices(function, mesh, in_specs, check_vma, out_specs=None):
@@ -148,7 +150,12 @@ def test_grad_stats_with_device_dependence_outside_the_batch_equal_one_device(
 
     def run(params, batch, shift):
         if source == "keyword":
-            oracle = hardvary.grad_stats(loss_fn, method=method, axis_name="env")
+            oracle = hardvary.grad_stats(
+                loss_fn,
+                method=method,
+                axis_name="env",
+                in_axes={"shift": None},
+            )
             return oracle(params, batch, shift=shift[0])
         loss = functools.partial(loss_fn, shift=shift[0])
         return hardvary.grad_stats(loss, method=method, axis_name="env")(params, batch)

@@ -76,11 +76,10 @@ class Gradients:
 
     def _held(self, leaf: GradStats, statistics: Sequence[st.Statistic]) -> GradStats:
         for statistic in statistics:
-            if statistic is not st.STATISTICS.get(statistic.name):
+            if statistic.note:
                 raise ValueError(
-                    f"{self.name}: a GradStats holds {statistic.name!r} as documented "
-                    "there, which is not what these settings ask for; pass the "
-                    "gradients of value_and_env_grads, or stacked ones"
+                    f"{self.name} needs {statistic.note} as a GradStats holds them; "
+                    "pass stacked gradients, or those of value_and_env_grads"
                 )
             if getattr(leaf, statistic.field) is None:
                 names = tuple(s.name for s in statistics)

@@ -93,7 +93,7 @@ class Problem:
         # devices before anyone could look at its sign.
         # Its loss may also differ between devices by a shared argument or, which only
         # axis_name tells, by what it closes over.
-        self.params = sharding.vary_like(params, others, axis_name)
+        self.params = sharding.vary_like(params, list(others.values()), axis_name)
 
     def loss(
         self, params: PyTree, env_batch: Sequence[jax.Array]

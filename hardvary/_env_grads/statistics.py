@@ -32,6 +32,7 @@ class Statistic:
       multiplicative: whether `function(a * b) = function(a) * function(b)`.
       weight: field of `EnvWeights` that weights the sum.
       rest: a second sum that belongs to this one where environments are weighted.
+      note: what it is, where it is not what a `GradStats` holds under its name.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Statistic:
     multiplicative: bool = False
     weight: str = "values"
     rest: "Statistic | None" = None
+    note: str = ""
 
 
 def _or_nan(function: Callable[[jax.Array], jax.Array], grad: jax.Array) -> jax.Array:
@@ -69,7 +71,8 @@ def log_abs(eps: Any = LOG_EPS) -> Statistic:
         )
         return jnp.log(jnp.abs(grad) + offset)
 
-    return Statistic("log_abs", "log_abs_mean", function)
+    note = "" if eps is LOG_EPS else f"logarithms with eps {eps}, not {LOG_EPS:g}"
+    return Statistic("log_abs", "log_abs_mean", function, note=note)
 
 
 MEAN = Statistic("mean", "mean", lambda grad: grad, multiplicative=True)
@@ -266,7 +269,7 @@ def sums_by_parts(
     """
 
     def split(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(num_parts, -1, *leaf.shape[1:])
+        return leaf.reshape(num_parts, len(leaf) // num_parts, *leaf.shape[1:])
 
     def body(total: list[Any], part: Any) -> tuple[list[Any], Any]:
         sums, other = sums_of(*part)
@@ -278,7 +281,11 @@ def sums_by_parts(
     totals, other = jax.lax.scan(
         body, zeros, jax.tree.map(split, inputs), unroll=unroll
     )
-    other = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), other)
+
+    def join(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+
+    other = jax.tree.map(join, other)
     return dict(zip(statistics, totals, strict=True)), other
 
 

@@ -158,7 +158,7 @@ def build(
     ) -> tuple[PyTree, AggregatorState]:
         del extra_args
         grads = forms.read(updates, name, params, env_weights, axis_name)
-        count = 0 if state.mask_count is None else state.mask_count
+        count = state.mask_count if scheduled else None
         values = {
             key: _hyperparams.per_leaf(key, value, updates, count, forms.is_leaf)
             for key, value in hyperparams.items()
@@ -173,7 +173,7 @@ def build(
         kept = sum((kept for _, kept in results), jnp.zeros((), jnp.float32))
         return (
             grads.unflatten([update for update, _ in results]),
-            AggregatorState(kept / max(size, 1), next_count(state.mask_count)),
+            AggregatorState(kept / max(size, 1), next_count(count)),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

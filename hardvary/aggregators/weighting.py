@@ -99,10 +99,8 @@ def weighting(
     ) -> tuple[PyTree, AggregatorState]:
         del extra_args
         grads = forms.read(updates, name, params, env_weights, axis_name)
-        count = 0 if state.mask_count is None else state.mask_count
-        new_state = AggregatorState(
-            jnp.ones((), jnp.float32), next_count(state.mask_count)
-        )
+        count = state.mask_count if scheduled else None
+        new_state = AggregatorState(jnp.ones((), jnp.float32), next_count(count))
         if not grads.leaves:
             return updates, new_state
         given = {

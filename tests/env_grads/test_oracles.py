@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 import hardvary
-from tests._asserts import assert_like_params, assert_trees_close, assert_trees_equal
+from tests._asserts import (
+    assert_like_params,
+    assert_trees_close,
+    assert_trees_equal,
+    field_of,
+)
 from tests._inputs import SHAPES, STATISTICS, make_params
 
 ROUTES = {
@@ -61,14 +66,20 @@ def expected(params, batch):
 
 
 def reduce(grads, num_envs=NUM_ENVS):
-    """GradStats with all statistics, from the definition."""
-    return hardvary.GradStats(
-        mean=jax.tree.map(lambda g: g.mean(0), grads),
-        sign_sum=jax.tree.map(lambda g: jnp.sign(g).sum(0), grads),
-        square_mean=jax.tree.map(lambda g: jnp.square(g).mean(0), grads),
-        log_abs_mean=jax.tree.map(lambda g: jnp.log(jnp.abs(g) + 1e-10).mean(0), grads),
-        num_envs=jnp.float32(num_envs),
-    )
+    """A tree of GradStats with all statistics, from the definition."""
+
+    def leaf(g):
+        return hardvary.GradStats(
+            mean=g.mean(0),
+            sign_sum=jnp.sign(g).sum(0),
+            square_mean=jnp.square(g).mean(0),
+            log_abs_mean=jnp.log(jnp.abs(g) + 1e-10).mean(0),
+            abs_mean=jnp.abs(g).mean(0),
+            nonzero_sum=jnp.sum(g != 0, axis=0).astype(jnp.float32),
+            num_envs=jnp.float32(num_envs),
+        )
+
+    return jax.tree.map(leaf, grads)
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
@@ -98,26 +109,28 @@ def test_grad_stats_of_a_model_equal_a_loop(params, batch, expected, route, jit)
 
 @every_route
 def test_grad_stats_holds_what_was_asked_for(params, batch, route):
-    fields = dict(
-        zip(
-            STATISTICS,
-            ("mean", "sign_sum", "square_mean", "log_abs_mean"),
-            strict=True,
-        )
-    )
-    for stats in [("sign",), ("square", "mean"), ["log_abs", "sign"]]:
+    fields = {
+        "mean": "mean",
+        "sign": "sign_sum",
+        "square": "square_mean",
+        "log_abs": "log_abs_mean",
+        "abs": "abs_mean",
+        "nonzero": "nonzero_sum",
+    }
+    assert set(fields) == set(STATISTICS)
+    for stats in [("sign",), ("square", "mean"), ["log_abs", "abs"], ["nonzero"]]:
         oracle = hardvary.grad_stats(loss_fn, stats=stats, **ROUTES[route])
-        result = jax.eval_shape(oracle, params, batch)
+        result = jax.eval_shape(oracle, params, batch)["w"]
         held = {name for name in fields if getattr(result, fields[name]) is not None}
         assert held == set(stats)
 
 
 def test_grad_stats_by_default_serve_the_and_mask(params, batch):
     stats = jax.eval_shape(hardvary.grad_stats(loss_fn), params, batch)
-    assert stats.square_mean is None
-    assert stats.log_abs_mean is None
-    assert_like_params(stats.mean, params)
-    assert_like_params(stats.sign_sum, params)
+    assert stats["w"].square_mean is None
+    assert stats["w"].log_abs_mean is None
+    assert_like_params(field_of(stats, "mean"), params)
+    assert_like_params(field_of(stats, "sign_sum"), params)
 
 
 @every_route
@@ -179,12 +192,14 @@ def test_oracles_hand_keyword_arguments_to_every_environment(params, batch, rout
         return loss_fn(params, batch) + jnp.sum(params["b"] * shift)
 
     shift = jnp.array([1.0, 2.0])
-    oracle = hardvary.value_and_grad_stats(loss, **ROUTES[route])
+    oracle = hardvary.value_and_grad_stats(
+        loss, in_axes={"shift": None}, **ROUTES[route]
+    )
     losses, stats = oracle(params, batch, shift=shift, mode="train")
     plain_losses, plain = hardvary.value_and_grad_stats(loss_fn)(params, batch)
     expected = plain_losses + jnp.sum(params["b"] * shift)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    np.testing.assert_allclose(stats.mean["b"], plain.mean["b"] + shift, rtol=1e-5)
+    np.testing.assert_allclose(stats["b"].mean, plain["b"].mean + shift, rtol=1e-5)
 
 
 @every_route
@@ -225,14 +240,13 @@ def test_grad_stats_of_any_tree_are_like_params(shape, route):
     oracle = hardvary.value_and_grad_stats(loss, stats=STATISTICS, **ROUTES[route])
     losses, stats = jax.jit(oracle)(params, jnp.arange(NUM_ENVS, dtype=jnp.float32))
     assert losses.shape == (NUM_ENVS,)
-    assert_trees_equal(
-        stats.mean, jax.tree.map(lambda p: jnp.full_like(p, 2.5), params)
-    )
-    assert_trees_equal(
-        stats.sign_sum, jax.tree.map(lambda p: jnp.full_like(p, 5), params)
-    )
-    assert_like_params(stats.square_mean, params)
-    assert_like_params(stats.log_abs_mean, params)
+    for name, value in (("mean", 2.5), ("sign_sum", 5), ("nonzero_sum", 5)):
+        assert_trees_equal(
+            field_of(stats, name),
+            jax.tree.map(lambda p: jnp.full_like(p, value), params),  # noqa: B023
+        )
+    for name in ("square_mean", "log_abs_mean", "abs_mean"):
+        assert_like_params(field_of(stats, name), params)
 
 
 @every_route
@@ -258,13 +272,14 @@ def test_grad_stats_keep_the_dtype_and_count_in_float32_or_more(dtype, route):
         losses, stats = jax.jit(oracle)(params, x)
         wide = "float64" if dtype == "float64" else "float32"
         assert losses.dtype == dtype
-        assert_like_params(stats.mean, params)
-        for tree in (stats.sign_sum, stats.square_mean, stats.log_abs_mean):
+        assert_like_params(field_of(stats, "mean"), params)
+        for name in ("sign_sum", "square_mean", "log_abs_mean", "abs_mean"):
+            tree = field_of(stats, name)
             assert {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} == {wide}
         # bfloat16 cannot count beyond 256.
-        assert float(stats.sign_sum["b"]) == 300
+        assert float(stats["b"].sign_sum) == 300
         signs = np.sign(np.asarray(x, np.float64)).sum(0)
-        np.testing.assert_array_equal(stats.sign_sum["w"], signs)
+        np.testing.assert_array_equal(stats["w"].sign_sum, signs)
 
 
 @every_route
@@ -273,7 +288,8 @@ def test_grad_stats_inside_scan_train_a_model(params, batch, route):
 
     def step(params, _):
         losses, stats = oracle(params, batch)
-        return jax.tree.map(lambda p, g: p - 0.1 * g, params, stats.mean), losses
+        means = field_of(stats, "mean")
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, means), losses
 
     trained, losses = jax.jit(lambda p: jax.lax.scan(step, p, length=20))(params)
     assert losses.shape == (20, NUM_ENVS)
