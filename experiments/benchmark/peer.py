@@ -1,4 +1,4 @@
-"""What the subcommands share of measuring PyTorch, in a process of its own."""
+"""Measuring PyTorch for the subcommands, in a process of its own."""
 
 from __future__ import annotations
 

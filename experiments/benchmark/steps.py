@@ -269,7 +269,7 @@ def summarize(
     steps: dict[str, int],
     rows: list[dict[str, float]],
 ) -> dict[str, Any]:
-    """What the summary holds of one workload."""
+    """One workload's part of the summary."""
     medians = {name: statistics.median(row[name] for row in rows) for name in losses}
     temp = {name: step.temp_bytes for name, step in compiled.items()}
     return {

@@ -59,7 +59,7 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What of the workloads can be set."""
+    """Sizes that can be set."""
 
     shrink: int = 1
     """Divides environments, widths, image sides and sequence lengths."""

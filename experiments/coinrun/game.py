@@ -23,7 +23,7 @@ GameMode = Literal["easy", "hard"]
 
 FRAME = (64, 64, 3)
 REWARD = 10.0
-"""What the coin gives; an episode ends there, and no other step gives anything."""
+"""Worth of the coin; an episode ends there, and no other step gives anything."""
 MAX_STEPS = 1000
 """Steps after which an episode ends without success."""
 
@@ -64,7 +64,7 @@ class GameError(RunDirError):
 
 
 class Observation(NamedTuple):
-    """What all environments show after a step.
+    """The view of all environments after a step.
 
     `rewards` float32 [n] of the step before; `frames` uint8 [n, 64, 64, 3]; `first`
     bool [n], where a frame is the first of an episode.
@@ -144,7 +144,7 @@ class LevelStream:
             )
 
     def observe(self) -> Observation:
-        """What there is to see now."""
+        """The present view."""
         rewards, frames, first = self._games.observe()
         return Observation(rewards, frames["rgb"], first)
 

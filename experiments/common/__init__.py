@@ -1,1 +1,1 @@
-"""What every experiment shares: run directories, the training loop, CLI and plots."""
+"""Shared by all experiments: run directories, the training loop, CLI and plots."""

@@ -273,7 +273,7 @@ def _find_preset(argv: Sequence[str]) -> Preset:
 def _find_settings(
     argv: Sequence[str], command: Command[Any, Any] | None, preset: Preset
 ) -> dict[str, Any]:
-    """What the file holds that `argv` names, if it does."""
+    """Contents of the file that `argv` names, if it does."""
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False
     )

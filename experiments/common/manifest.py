@@ -1,4 +1,4 @@
-"""What a run ran on: device, machine, package versions, git revision."""
+"""The surroundings of a run: device, machine, package versions, git revision."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def train_parts(
     show: Callable[[Iterable[Outcome]], Mapping[str, str]] = lambda outcomes: {},
     one_worker_is_here: bool = False,
 ) -> list[Outcome]:
-    """What each part came to, in the order of `jobs`.
+    """The outcome of each part, in the order of `jobs`.
 
     Args:
       run: whose parts they are.

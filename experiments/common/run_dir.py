@@ -235,7 +235,7 @@ class RunDir:
         return summary
 
     def manifest(self) -> dict[str, Any]:
-        """What is recorded about the run's surroundings; empty before the first."""
+        """The record of the run's surroundings; empty before the first."""
         if not (self.path / MANIFEST).exists():
             return {}
         manifest: dict[str, Any] = _read_json(self.path / MANIFEST)

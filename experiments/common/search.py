@@ -88,7 +88,7 @@ class Search:
     first: Sequence[Mapping[str, Any]] = ()
     """Parameters of the first trials; the sampler chooses what they leave open."""
     space: Any = None
-    """What else decides the trials, such as ranges and settings; JSON values."""
+    """All else that decides the trials, such as ranges and settings; JSON values."""
     storage: str | None = None
     """URL of a database, or another journal's path."""
     heartbeat: int | None = None
@@ -110,7 +110,7 @@ class Search:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What a study keeps, as JSON gives it back."""
+        """The settings that a study keeps, as JSON gives them back."""
         names = ("seed", "sampler", "pruner", "warmup_steps", "max_steps", "space")
         plan = {name: getattr(self, name) for name in names}
         plan["first"] = [dict(params) for params in self.first]

@@ -48,7 +48,7 @@ def load_settings(source: str, config: Any) -> dict[str, Any]:
 
 
 def load_chosen(source: str, config: Any, method: str, mend: str) -> dict[str, Any]:
-    """What a search has chosen for a method: `load_settings`, and the method.
+    """Settings that a search has chosen for a method, the method among them.
 
     Raises:
       RunDirError: there is no such choice, it is another method's or not valid; the

@@ -168,7 +168,7 @@ Job = tuple[Path, TrainConfig, str]
 
 
 class Outcome(NamedTuple):
-    """What one run came to: its summary, and its metrics by epoch."""
+    """The result of one run: its summary, and its metrics by epoch."""
 
     result: dict[str, Any]
     history: list[dict[str, float]]
@@ -245,7 +245,7 @@ def _summarize_search(
 
 
 def format_search(summary: Mapping[str, Any]) -> str:
-    """What each rule chooses, as text."""
+    """The choice of each rule, as text."""
     lines = [
         "{trials} trials of {method}: {fitted} ended when fitted, {memorised} when "
         "memorised, {diverged} diverged, {pruned} pruned".format(**summary),
@@ -313,7 +313,7 @@ def selected_figure(
 def selected_settings(
     config: SelectedConfig, method: Method, preset: Preset
 ) -> dict[str, Any]:
-    """What a search chose for a method, on top of a preset."""
+    """Settings that a search chose for a method, on top of a preset."""
     settings: dict[str, Any] = {**PRESETS[preset], "method": method}
     if config.selected is None:
         if method == "sand_mask":

@@ -289,7 +289,7 @@ class SearchConfig(Settings):
     sampler: Sampler = "random"
     """random, or tpe, which looks at what `rule` looks at."""
     pruner: Pruner = "none"
-    """What ends trials that fall behind the others, from half of the epochs on."""
+    """Pruner of trials that fall behind the others, from half of the epochs on."""
     stop: Stop = "fitted"
     """A trial ends at a training accuracy above 97 % (fitted), or at that with less
     than 60 % on held_out environments or on the test set, as in the paper; or never
@@ -297,7 +297,7 @@ class SearchConfig(Settings):
     patience: int = 25
     """Epochs in a row, after the annealing of a penalty, that this has to last."""
     rule: Rule = "held_out"
-    """What tpe and the pruners look at: training (other examples of the training
+    """Metric that tpe and the pruners look at: training (other examples of the training
     environments), held_out (other environments), oracle (the test set)."""
     seed: int = 1000
     """Seed of data, initial weights and the order of examples, in all trials."""
@@ -447,7 +447,7 @@ class CorrelationsConfig(Settings):
     revolutions: float = 1.0
     """Turns of each spiral: an untrained network hardly sees more of them."""
     logit_scale: float = 0.01
-    """What the logits are multiplied with; 1 leaves the network as initialised."""
+    """Factor of the logits; 1 leaves the network as initialised."""
     seeds: tuple[int, int] = (0, 9)
     """First and last seed of network and data, both included."""
 

@@ -26,7 +26,7 @@ VARIATIONS: tuple[Variation, ...] = get_args(Variation)
 
 
 class Measured(NamedTuple):
-    """What a search found, for each distance: leaves [distance, ...].
+    """The finds of a search, for each distance: leaves [distance, ...].
 
     Attributes:
       scores: [distance, pair]: the largest change of the pair's second loss while the

@@ -58,7 +58,7 @@ Row = Mapping[str, Any]
 
 
 class Trained(NamedTuple):
-    """What the figure shows of one method."""
+    """One method's part of the figure."""
 
     variables: Variables
     history: Sequence[Mapping[str, float]]
@@ -134,7 +134,7 @@ def draw_seeds(method: str, curves: Sequence[Sequence[float]], solved: float) ->
 
 
 def draw_correlations(rows: Sequence[Row]) -> Figure:
-    """What the masked gradient resembles, against the threshold.
+    """Likeness of the masked gradient to others, against the threshold.
 
     The AND-mask on the right; the XOR-mask on the left, at its threshold less 1, so
     that the two meet at 0, where nearly everything passes both. Rows with nothing to

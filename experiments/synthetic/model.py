@@ -41,7 +41,7 @@ TrainApply = Callable[
 
 
 class Architecture(NamedTuple):
-    """What the network of a config depends on."""
+    """The sizes and kinds that make up a network."""
 
     inputs: int
     hidden_units: int

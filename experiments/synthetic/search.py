@@ -168,7 +168,7 @@ def select(rows: Sequence[Mapping[str, Any]], rule: Rule) -> Mapping[str, Any]:
 def chosen_settings(
     config: SearchConfig, rows: Sequence[Mapping[str, Any]]
 ) -> dict[Rule, dict[str, Any]]:
-    """What each clean rule chooses, as fields of `TrainConfig` and their values."""
+    """The choice of each clean rule, as fields of `TrainConfig` and their values."""
     method, space = config.method, SPACES[config.space]
     return {
         rule: {

@@ -1,4 +1,4 @@
-"""What the search draws settings from: tables 1 and 2 of the paper, and around them."""
+"""Spaces that a search draws from: tables 1 and 2 of the paper, and around them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the paper shows on paper: toy landscapes, means, propositions, a regression."""
+"""The paper's arguments on paper: toy landscapes, means, propositions, a regression."""

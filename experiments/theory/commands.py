@@ -31,7 +31,7 @@ WRITTEN_STEPS = 40  # of a path, in a table
 
 
 class Outcome(NamedTuple):
-    """What a subcommand writes."""
+    """All that a subcommand writes."""
 
     rows: Sequence[Mapping[str, Any]]
     figure: Figure

@@ -172,7 +172,7 @@ class RegressionConfig:
     learning_rate: float = 0.3
     """Initial learning rate."""
     learning_rate_decay: float = 0.9995
-    """What the learning rate is multiplied with after every step."""
+    """Factor of the learning rate after every step."""
     weight_decay: float = 0.01
     """Strength of the L2 decay, times the learning rate in each step."""
     decay: Decay = "after"

@@ -25,7 +25,7 @@ REACHED = 0.05
 
 
 class Environments(NamedTuple):
-    """What tells the environments apart, leaves [env, 2, 2]; [2, 2] for one of them.
+    """The differences between environments, leaves [env, 2, 2]; [2, 2] for one of them.
 
     The Hessians of the loss at the two minima, symmetric and positive definite.
     """

@@ -73,7 +73,7 @@ def make_optimizer(
 
 @functools.partial(jax.jit, static_argnames="config")
 def draw_starts(config: RegressionConfig, seeds: jax.Array) -> Start:
-    """What the methods have in common, for `seeds` [seed] rather than `config`'s."""
+    """Starts that the methods share, for `seeds` [seed] rather than `config`'s."""
 
     def draw(seed: jax.Array) -> Start:
         weight_key, noise_key, step_key = jax.random.split(jax.random.key(seed), 3)

@@ -55,10 +55,9 @@ class Settings:
     """batch norm, whose statistics all examples of a batch share, or group norm, with
     statistics of each example's own."""
     batch_norm: BatchNorm = "path"
-    """What an example's gradient is when statistics are shared. path: through its own
-    copy of the parameters, one backward pass for all. coupled: of its loss, also
-    through the others' part in the statistics (the authors' reading), a backward pass
-    for each."""
+    """An example's gradient when statistics are shared. path: through its own copy of
+    the parameters, one backward pass for all. coupled: of its loss, also through the
+    others' part in the statistics (the authors' reading), a backward pass for each."""
     epochs: int = 80
     """Passes over the training data."""
     batch_size: int = 80
@@ -151,7 +150,7 @@ class TrainConfig(Settings):
 
     @property
     def name(self) -> str:
-        """What tells it from the other runs of a command; also its directory."""
+        """Name among the runs of a command; also its directory."""
         return (
             f"redrawn{self.redrawn}-threshold{self.threshold}"
             f"-lr{self.learning_rate}-seed{self.seed}"

@@ -98,7 +98,7 @@ class Images(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a complete dataset looks like."""
+    """Shapes of a complete dataset."""
 
     image_shape: tuple[int, int, int]
     train_examples: int

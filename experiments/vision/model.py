@@ -55,7 +55,7 @@ NORMS = "norms"
 
 
 class Architecture(NamedTuple):
-    """What a network depends on."""
+    """The sizes and kinds that make up a network."""
 
     channels: int
     """Of the images: 1 or 3."""

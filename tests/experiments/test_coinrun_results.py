@@ -1,4 +1,4 @@
-"""What docs/results/coinrun.md says of the committed results, from their files."""
+"""The claims of docs/results/coinrun.md about the committed results, from their files."""
 
 import json
 import statistics

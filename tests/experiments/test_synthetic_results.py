@@ -1,4 +1,4 @@
-"""What docs/results/synthetic.md says of the committed results, from their CSV."""
+"""The claims of docs/results/synthetic.md about the committed results, from their CSV."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What docs/results/vision.md says of the committed results, from their CSV."""
+"""The claims of docs/results/vision.md about the committed results, from their CSV."""
 
 import math
 import re

@@ -26,7 +26,7 @@ BLOCK = 4
 
 
 class Architecture(NamedTuple):
-    """What a network depends on."""
+    """The sizes that make up a network."""
 
     width: int = 16
     """Channels of the first convolution; the others have twice as many."""

@@ -21,7 +21,7 @@ Array = jax.Array | np.ndarray
 
 
 class Samples(NamedTuple):
-    """What is learnt from, besides the frames; all arrays are [n].
+    """Samples to learn from, besides the frames; all arrays are [n].
 
     `actions` int32 that were taken; `log_probs` and `values` float32 by the network
     that took them; `advantages` float32, normalised; `returns` float32.

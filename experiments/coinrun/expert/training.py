@@ -55,7 +55,7 @@ class State(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What one worker's games gave, NumPy arrays [step, env, ...].
+    """The yield of one worker's games, NumPy arrays [step, env, ...].
 
     `rewards` are 1 for a coin.
     """

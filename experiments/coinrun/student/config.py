@@ -145,7 +145,7 @@ class TrainConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig(Settings):
-    """What all trials share; the rest is drawn (see `search.RANGES`)."""
+    """Settings that all trials share; the rest is drawn (see `search.RANGES`)."""
 
     methods: tuple[Method, ...] = METHODS
     """Methods to search for, one after the other."""
@@ -171,7 +171,7 @@ class SearchConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class RerunConfig(Settings):
-    """What all runs share; methods and their settings come from a search."""
+    """Settings that all runs share; methods and their settings come from a search."""
 
     seeds: tuple[int, int] = (1, 5)
     """First and last seed of the initial weights and the order of states."""
@@ -226,7 +226,9 @@ class SearchOptions(DataOptions, FigureOptions, cli.SearchOptions):
 
 @dataclasses.dataclass(frozen=True)
 class RerunOptions(DataOptions, FigureOptions):
-    """What to train, where the data are, where to write, with how many processes."""
+    """The choice to train, where the data are, where to write, with how many
+    processes.
+    """
 
     selected: Path | None = None
     """File with the settings of each method, selected.json of a run of the command

@@ -34,7 +34,7 @@ FEW_PLACES = 4
 
 
 class Architecture(NamedTuple):
-    """What a network depends on."""
+    """The sizes and kinds that make up a network."""
 
     width: int = 64
     """Channels of the first stage; the last has eight times as many."""

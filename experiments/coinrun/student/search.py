@@ -91,7 +91,7 @@ class Objective:
     data: Path
     """Directory of the dataset."""
     digest: str
-    """What tells it from others."""
+    """Checksum that tells it from others."""
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Draws and trains; the trial's user attributes are its curves and metrics.

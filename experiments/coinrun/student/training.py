@@ -75,7 +75,7 @@ Batch = tuple[jax.Array, jax.Array]
 
 
 class Step(NamedTuple):
-    """What a step reports: the batch's mean KL, and the share of open weights."""
+    """The report of a step: the batch's mean KL, and the share of open weights."""
 
     kl: jax.Array
     open_fraction: jax.Array
