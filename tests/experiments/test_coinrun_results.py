@@ -1,4 +1,4 @@
-"""The claims of docs/results/coinrun.md about the committed results, from their files."""
+"""The claims of docs/results/coinrun.md, from the committed files."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""The claims of docs/results/synthetic.md about the committed results, from their CSV."""
+"""The claims of docs/results/synthetic.md, from the committed CSV."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The claims of docs/results/vision.md about the committed results, from their CSV."""
+"""The claims of docs/results/vision.md, from the committed CSV."""
 
 import math
 import re
