@@ -12,7 +12,15 @@ from jax import lax
 
 import hardvary
 from tests._inputs import STATISTICS, weights_for
-from tests.zoo import Stacked, assert_stats_match, compile_quickly, conv, poison
+from tests.fused._answers import ask, check_answers, signed_weights
+from tests.zoo import (
+    Stacked,
+    assert_stats_match,
+    compile_quickly,
+    conv,
+    fields_by_path,
+    poison,
+)
 
 METHOD = "fused"
 WIDTHS = st.sampled_from([1, 2, 3, 4])
@@ -393,19 +401,29 @@ def weighted_networks(draw):
     num_envs = len(network[2])
     weights = draw(st.one_of(st.none(), weights_for(num_envs)))
     divisors = [size for size in range(1, num_envs + 1) if num_envs % size == 0]
-    return network, weights, draw(st.sampled_from([None, None, *divisors]))
+    return network, weights, draw(st.sampled_from([None, None, None, *divisors]))
 
 
 @given(weighted_networks())
-def test_fused_stats_of_a_random_network_equal_stacked_gradients(drawn):
+def test_gradients_of_a_random_network_equal_stacked_gradients(drawn):
     (params, loss_fn, batch, names), weights, microbatch_size = drawn
     expected = Stacked(loss_fn, params, batch)
     if weights is not None and 0 in weights:
         batch = poison(batch, int(np.argmin(weights)))
-    oracle = hardvary.value_and_grad_stats(
-        loss_fn, method=METHOD, stats=STATISTICS, microbatch_size=microbatch_size
-    )
-    losses, stats = compile_quickly(oracle)(params, batch, env_weights=weights)
+    signed = signed_weights(len(batch))
+
+    @compile_quickly
+    def run(params, batch, signed, weights):
+        if microbatch_size is None:
+            oracle = hardvary.value_and_env_grads(loss_fn)
+            losses, grads = oracle(params, batch, env_weights=weights)
+            return losses, ask(grads, signed)
+        oracle = hardvary.value_and_grad_stats(
+            loss_fn, method=METHOD, stats=STATISTICS, microbatch_size=microbatch_size
+        )
+        return oracle(params, batch, env_weights=weights)
+
+    losses, found = run(params, batch, signed, weights)
     try:
         present = slice(None) if weights is None else weights > 0
         np.testing.assert_allclose(
@@ -414,7 +432,11 @@ def test_fused_stats_of_a_random_network_equal_stacked_gradients(drawn):
             rtol=2e-5,
             atol=2e-5 * np.abs(expected.losses).max(),
         )
-        assert_stats_match(stats, params, expected, weights)
+        if microbatch_size is None:
+            check_answers(found, params, expected, signed, weights)
+        else:
+            fields = fields_by_path(found, params)
+            assert_stats_match(fields, params, expected, weights)
     except AssertionError as error:
         error.add_note("\n".join(names))
         raise

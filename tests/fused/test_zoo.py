@@ -1,17 +1,23 @@
 """The fused oracle equals stacked gradients, on models of every kind."""
 
-import functools
-
-import jax
 import numpy as np
 import pytest
 
-import hardvary
 from tests._inputs import STATISTICS
-from tests.zoo import ZOO, Stacked, assert_stats_match, compile_quickly, poison
+from tests.fused._answers import check_answers, make_env_oracle, signed_weights
+from tests.fused._models import (
+    build,
+    check,
+    check_values,
+    compiled_oracle,
+    definition,
+    make_oracle,
+)
+from tests.zoo import ZOO, compile_quickly, fields_by_path, poison
+from tests.zoo.compare import FIELDS
 
-METHOD = "fused"
 WEIGHTS = np.array([1.0, 2.0, 0.0, 0.5, 1.0, 3.0], np.float32)
+SIGNED = signed_weights(len(WEIGHTS))
 
 # One model or two of every family: a compilation each.
 SOME = [
@@ -41,107 +47,70 @@ SOME = [
     "random_keys_as_a_batch",
     "nnx_conv_net_with_batch_norm",
 ]
-some_models = pytest.mark.parametrize("name", SOME)
 
 
-@functools.cache
-def build(name):
-    return ZOO[name](np.random.default_rng(0))
-
-
-@functools.cache
-def definition(name):
-    params, loss_fn, batch = build(name)
-    entry = ZOO[name]
-    return Stacked(loss_fn, params, batch, entry.has_aux, entry.promotion)
-
-
-def run_oracle(name, batch, env_weights=None, **settings):
-    """`(losses, aux, stats)` of a model."""
-    entry = ZOO[name]
-    params, loss_fn, _ = build(name)
-    oracle = hardvary.value_and_grad_stats(
-        loss_fn, method=METHOD, has_aux=entry.has_aux, **settings
-    )
-    with entry.promotion():
-        value, stats = compile_quickly(oracle)(params, batch, env_weights=env_weights)
-    losses, aux = value if entry.has_aux else (value, None)
-    return losses, aux, stats
-
-
-def check(name, result, weights=None):
-    losses, aux, stats = result
-    entry, expected = ZOO[name], definition(name)
-    present = slice(None) if weights is None else weights > 0
-    scale = np.abs(expected.losses).max()
-    np.testing.assert_allclose(
-        np.asarray(losses, np.float64)[present],
-        expected.losses[present],
-        rtol=0,
-        atol=2 * entry.rounding * scale,
-    )
-    assert jax.tree.structure(aux) == jax.tree.structure(expected.aux)
-    for leaf, other in zip(
-        jax.tree.leaves(aux), jax.tree.leaves(expected.aux), strict=True
-    ):
-        np.testing.assert_allclose(leaf[present], other[present], rtol=1e-5, atol=1e-6)
-    return assert_stats_match(
-        stats, build(name)[0], expected, weights, rounding=entry.rounding
+def check_env_grads(name, result, env_weights=None):
+    losses, aux, answers = result
+    check_values(name, losses, aux, env_weights)
+    return check_answers(
+        answers,
+        build(name)[0],
+        definition(name),
+        SIGNED,
+        env_weights,
+        ZOO[name].rounding,
     )
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_fused_stats_of_a_zoo_model_equal_stacked_gradients(name):
-    decided = check(name, run_oracle(name, build(name)[2], stats=STATISTICS))
+def test_env_grads_of_a_zoo_model_equal_stacked_gradients(name):
+    params, _, batch = build(name)
+    result = compile_quickly(make_env_oracle(name))(params, batch, SIGNED)
     # Otherwise rounding would excuse anything.
-    assert decided >= ZOO[name].decided
+    assert check_env_grads(name, result) >= ZOO[name].decided
 
 
-@some_models
-def test_fused_stats_with_env_weights_equal_weighted_stacked_gradients(name):
-    batch = poison(build(name)[2], int(np.argmin(WEIGHTS)))
-    result = run_oracle(name, batch, WEIGHTS, stats=STATISTICS)
-    check(name, result, WEIGHTS)
-
-
-@some_models
-def test_fused_stats_by_microbatches_equal_stacked_gradients(name):
+@pytest.mark.parametrize("name", SOME)
+def test_env_grads_with_weights_and_stats_by_microbatches_equal_stacked_gradients(name):
+    params, _, batch = build(name)
     size = 2 + SOME.index(name) % 2
-    batch = build(name)[2]
-    result = run_oracle(name, batch, stats=STATISTICS, microbatch_size=size)
-    check(name, result)
+    whole = make_env_oracle(name, stack=True)
+    in_parts = make_oracle(name, stats=STATISTICS, microbatch_size=size)
+
+    @compile_quickly
+    def run(params, poisoned, batch, signed, weights):
+        return whole(params, poisoned, signed, weights), in_parts(params, batch)
+
+    poisoned = poison(batch, int(np.argmin(WEIGHTS)))
+    weighted, by_microbatches = run(params, poisoned, batch, SIGNED, WEIGHTS)
+    check_env_grads(name, weighted, WEIGHTS)
+    check(name, by_microbatches)
 
 
-def test_fused_stats_by_microbatches_with_env_weights_equal_weighted_gradients():
+@pytest.mark.parametrize("name", ["dense_one_row", "conv_2d_depthwise", "gru_by_scan"])
+def test_fused_stats_by_microbatches_with_env_weights_equal_weighted_gradients(name):
     # The microbatch of environments 2 and 3, and one that is wholly absent.
     weights = np.array([0.0, 0.0, 0.0, 0.5, 1.0, 3.0], np.float32)
-    for name in ("dense_one_row", "conv_2d_depthwise", "gru_by_scan"):
-        batch = build(name)[2]
-        for env in range(3):
-            batch = poison(batch, env)
-        result = run_oracle(name, batch, weights, stats=STATISTICS, microbatch_size=2)
-        check(name, result, weights)
+    params, _, batch = build(name)
+    for env in range(3):
+        batch = poison(batch, env)
+    oracle = compiled_oracle(name, stats=STATISTICS, microbatch_size=2)
+    check(name, oracle(params, batch, weights), weights)
 
 
-@pytest.mark.parametrize("stats", [("mean", "sign"), ("sign",), ("log_abs", "square")])
-def test_fused_stats_asked_for_alone_equal_stacked_gradients(stats):
-    for name in (
-        "dense_one_row",
-        "conv_2d_one_example",
-        "embedding_take",
-        "layer_norm",
-    ):
-        result = run_oracle(name, build(name)[2], stats=stats)
-        held = {
-            statistic
-            for statistic, field in zip(
-                STATISTICS,
-                ("mean", "sign_sum", "square_mean", "log_abs_mean"),
-                strict=True,
-            )
-            if getattr(result[2], field) is not None
-        }
-        assert held == set(stats)
+@pytest.mark.parametrize(
+    "name", ["dense_one_row", "conv_2d_one_example", "embedding_take", "layer_norm"]
+)
+def test_fused_stats_asked_for_alone_equal_stacked_gradients(name):
+    requests = [("mean", "sign"), ("sign",), ("log_abs", "square")]
+    oracles = [make_oracle(name, stats=stats) for stats in requests]
+    params, _, batch = build(name)
+    results = compile_quickly(lambda p, b: [run(p, b) for run in oracles])(
+        params, batch
+    )
+    for stats, result in zip(requests, results, strict=True):
+        for held in fields_by_path(result[2], params).values():
+            assert held.keys() == {"num_envs"} | {FIELDS[name] for name in stats}
         check(name, result)
 
 
@@ -159,15 +128,15 @@ def test_fused_stats_asked_for_alone_equal_stacked_gradients(stats):
     ],
 )
 def test_fused_stats_with_a_broken_environment_are_nan_where_its_gradient_is(name):
-    params, loss_fn, batch = build(name)
+    params, _, batch = build(name)
     batch = poison(batch, 3)
-    grads = jax.jit(hardvary.per_env_grad(loss_fn))(params, batch)
-    _, _, stats = run_oracle(name, batch, stats=STATISTICS)
-    for tree in (stats.mean, stats.sign_sum, stats.square_mean, stats.log_abs_mean):
-        jax.tree.map(
-            lambda grad, leaf: np.testing.assert_array_equal(
-                np.isnan(leaf), ~np.isfinite(grad).all(0)
-            ),
-            grads,
-            tree,
-        )
+    grads = definition(name).grads_of(batch)
+    *_, stats = compiled_oracle(name, stats=STATISTICS)(params, batch)
+    fields = fields_by_path(stats, params)
+    assert fields.keys() == grads.keys()
+    for path, grad in grads.items():
+        broken = ~np.isfinite(grad).all(0)
+        for field in (FIELDS[name] for name in STATISTICS):
+            np.testing.assert_array_equal(
+                np.isnan(fields[path][field]), broken, err_msg=f"{field} of {path}"
+            )
