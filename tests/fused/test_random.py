@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import hardvary
+from hardvary.fused import rules
 from tests._inputs import STATISTICS, weights_for
 from tests.fused._answers import ask, check_answers, signed_weights
 from tests.zoo import (
@@ -404,8 +406,9 @@ def weighted_networks(draw):
     return network, weights, draw(st.sampled_from([None, None, None, *divisors]))
 
 
-@given(weighted_networks())
-def test_gradients_of_a_random_network_equal_stacked_gradients(drawn):
+# Below this size gradients are stacked: 0 has the scan take them.
+@given(weighted_networks(), st.sampled_from([0, rules.SMALL]))
+def test_gradients_of_a_random_network_equal_stacked_gradients(drawn, small):
     (params, loss_fn, batch, names), weights, microbatch_size = drawn
     expected = Stacked(loss_fn, params, batch)
     if weights is not None and 0 in weights:
@@ -423,7 +426,8 @@ def test_gradients_of_a_random_network_equal_stacked_gradients(drawn):
         )
         return oracle(params, batch, env_weights=weights)
 
-    losses, found = run(params, batch, signed, weights)
+    with mock.patch.object(rules, "SMALL", small):
+        losses, found = run(params, batch, signed, weights)
     try:
         present = slice(None) if weights is None else weights > 0
         np.testing.assert_allclose(
