@@ -377,7 +377,13 @@ def value_and_env_grads(
         weights = checked_weights(
             env_weights, problem.num_envs, axis_name, "value_and_env_grads"
         )
-        traced = Traced(problem.loss, problem.params, problem.batch, env_axis_name)
+        traced = Traced(
+            problem.loss,
+            problem.params,
+            problem.batch,
+            env_axis_name,
+            sharding.names_of(axis_name),
+        )
         grads = answered(
             [(rule.group.leaves, rule) for rule in bound_rules(traced)],
             problem.params,

@@ -263,7 +263,7 @@ def value_and_grad_stats(
 
         def sums_of(batch: Any, weights: st.EnvWeights | None) -> Any:
             if method == "fused":
-                traced = Traced(problem.loss, params, batch, env_axis_name)
+                traced = Traced(problem.loss, params, batch, env_axis_name, axes)
                 return fused_sums(traced, keys, weights), (traced.losses, traced.aux)
             value, grads = value_and_stacked(problem, params, batch, env_axis_name)
             leaves = jax.tree.leaves(grads)

@@ -267,11 +267,17 @@ def sums_by_parts(
     Returns:
       The sums, and `other` with leaves `[env, ...]`.
     """
+    size = len(jax.tree.leaves(inputs)[0]) // num_parts
 
     def split(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(num_parts, len(leaf) // num_parts, *leaf.shape[1:])
+        if size == 1:
+            # XLA on CPU copies what is reshaped in front of a loop.
+            return leaf
+        return leaf.reshape(num_parts, size, *leaf.shape[1:])
 
     def body(total: list[Any], part: Any) -> tuple[list[Any], Any]:
+        if size == 1:
+            part = jax.tree.map(lambda leaf: leaf[None], part)
         sums, other = sums_of(*part)
         added = [sums[statistic] for statistic in statistics]
         return jax.tree.map(jnp.add, total, added), other

@@ -158,7 +158,7 @@ def build(
     ) -> tuple[PyTree, AggregatorState]:
         del extra_args
         grads = forms.read(updates, name, params, env_weights, axis_name)
-        count = state.mask_count if scheduled else None
+        count = state.mask_count if scheduled else 0
         values = {
             key: _hyperparams.per_leaf(key, value, updates, count, forms.is_leaf)
             for key, value in hyperparams.items()
@@ -173,14 +173,12 @@ def build(
         kept = sum((kept for _, kept in results), jnp.zeros((), jnp.float32))
         return (
             grads.unflatten([update for update, _ in results]),
-            AggregatorState(kept / max(size, 1), next_count(count)),
+            AggregatorState(
+                kept / max(size, 1), optax.safe_increment(count) if scheduled else None
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def next_count(count: Any) -> Any:
-    return None if count is None else optax.safe_increment(count)
 
 
 def _broken(leaf: GradStats) -> jax.Array:

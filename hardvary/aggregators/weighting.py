@@ -11,7 +11,7 @@ from hardvary import _hyperparams
 from hardvary._env_grads import forms
 from hardvary._env_grads.products import total_gramian
 from hardvary._typing import AxisName, PyTree
-from hardvary.aggregators.aggregator import AggregatorState, next_count
+from hardvary.aggregators.aggregator import AggregatorState
 
 
 def weighting(
@@ -99,8 +99,11 @@ def weighting(
     ) -> tuple[PyTree, AggregatorState]:
         del extra_args
         grads = forms.read(updates, name, params, env_weights, axis_name)
-        count = state.mask_count if scheduled else None
-        new_state = AggregatorState(jnp.ones((), jnp.float32), next_count(count))
+        count = state.mask_count if scheduled else 0
+        new_state = AggregatorState(
+            jnp.ones((), jnp.float32),
+            optax.safe_increment(count) if scheduled else None,
+        )
         if not grads.leaves:
             return updates, new_state
         given = {

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from hardvary.fused.tracing import Program, Use
+from hardvary.fused.program import Program
+from hardvary.fused.uses import Use
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,87 +1,145 @@
 """A forward and a backward pass over all environments, and what they leave behind."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 
-from hardvary.fused.tracing import Bindings, Kind, Value, build
+from hardvary.fused.collectives import refuse_mixed_parameters
+from hardvary.fused.equations import as_array
+from hardvary.fused.program import Bindings, Kind, Value
+from hardvary.fused.refusals import naming_the_way_out, refuse_side_effects
+from hardvary.fused.tracing import build
 
 PyTree = Any
+LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
 
 
 class Traced:
-    """What one forward and backward pass over all environments leaves behind."""
+    """What one forward and backward pass over all environments leaves behind.
+
+    Args:
+      loss_fn: `loss_fn(params, env_batch) -> (loss, aux)`.
+      params: its parameters.
+      batch: leaves `[env, ...]`.
+      axis_name: a name for the axis of environments.
+      device_axes: mapped axes over which further environments are spread.
+
+    Attributes:
+      leaves, tree: the parameters.
+      program: the loss as a program.
+      env: results of all that is hoisted in it, the same for all environments.
+      saved, cotangents: what its uses need, for all environments.
+      losses, aux: of all environments.
+      num_envs: number of environments.
+
+    Raises:
+      ValueError: side effects, parameters collected from several devices, and
+        programs that the surgery cannot handle.
+    """
 
     def __init__(
         self,
-        loss_fn: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+        loss_fn: LossFn,
         params: PyTree,
         batch: PyTree,
         axis_name: str | None,
+        device_axes: Sequence[str] = (),
     ) -> None:
         self.leaves, self.tree = jax.tree.flatten(params)
-        shapes: list[Any] = []
-
-        def one(env_batch: PyTree) -> Any:
-            batch_leaves, batch_tree = jax.tree.flatten(env_batch)
-
-            def flat(leaves: list[Any], batch_leaves: list[Any]) -> Any:
-                output = loss_fn(
-                    jax.tree.unflatten(self.tree, leaves),
-                    jax.tree.unflatten(batch_tree, batch_leaves),
-                )
-                leaves, tree = jax.tree.flatten(output)
-                shapes.append(tree)
-                return leaves
-
-            closed = jax.make_jaxpr(flat)(self.leaves, batch_leaves)
-            _refuse_side_effects(closed.effects)
-            consts = [Value(jax.typeof(c), Kind.CONST) for c in closed.consts]
-            kinds = [Kind.PARAM] * len(self.leaves) + [Kind.BATCH] * len(batch_leaves)
-            self.program = program = build(closed.jaxpr, consts, kinds, (0,))
-            self.env = Bindings()
-            for value, result in zip(
-                [*consts, *program.inputs],
-                [*closed.consts, *self.leaves],
-                strict=False,
-            ):
-                self.env[value] = result
-            program.run_hoisted(self.env)
-
-            def loss(zeros: Any) -> Any:
-                inside = Bindings(self.env)
-                inputs = program.inputs[len(self.leaves) :]
-                for value, result in zip(inputs, batch_leaves, strict=True):
-                    inside[value] = result
-                saved = program.run(inside, zeros)
-                outputs = [inside[atom] for atom in program.outputs]
-                return jnp.asarray(outputs[0]), (outputs[1:], saved)
-
-            # Not jax.grad, which refuses the complex values that real parameters may
-            # turn into on the way.
-            output, vjp, (aux, saved) = jax.vjp(loss, program.zeros(), has_aux=True)
-            (cotangents,) = vjp(jnp.ones_like(output))
-            return [output, *aux], saved, cotangents
-
-        run = jax.vmap(one, axis_name=axis_name)
-        outputs, self.saved, self.cotangents = run(batch)
-        self.losses, self.aux = jax.tree.unflatten(shapes[-1], outputs)
         self.num_envs = len(jax.tree.leaves(batch)[0])
+        self._problem = loss_fn, params, batch, axis_name
+        closed, output_tree, kinds = _stage(loss_fn, params, batch, axis_name)
+        live = [i == 0 for i in range(output_tree.num_leaves)]
+        refuse_mixed_parameters(closed, kinds, live, device_axes)
+        with self.guard():
+            consts = [Value(jax.typeof(const), Kind.CONST) for const in closed.consts]
+            self.program = build(closed.jaxpr, consts, kinds, live)
+            self.env = Bindings()
+            self.env.update(consts, list(map(as_array, closed.consts)))
+            self.env.update(self.program.inputs[: len(self.leaves)], self.leaves)
+            # Not inside of the vmap: what a user's rule computes there stays there.
+            self.program.run_hoisted(self.env)
+            run = jax.vmap(self._one, axis_name=axis_name)
+            outputs, self.saved, self.cotangents = run(batch)
+        self.losses, self.aux = jax.tree.unflatten(output_tree, outputs)
+
+    def _one(self, env_batch: PyTree) -> Any:
+        """Outputs, and what the uses need, of one environment."""
+        program = self.program
+
+        def loss(zeros: Any) -> Any:
+            inside = Bindings(self.env)
+            inputs = program.inputs[len(self.leaves) :]
+            inside.update(inputs, jax.tree.leaves(env_batch))
+            saved = program.run(inside, zeros)
+            outputs = [inside[atom] for atom in program.outputs]
+            return jnp.asarray(outputs[0]), (outputs[1:], saved)
+
+        # Not jax.grad, which refuses the complex values that real parameters may
+        # turn into on the way.
+        output, vjp, (aux, saved) = jax.vjp(loss, program.zeros(), has_aux=True)
+        (cotangents,) = vjp(jnp.ones_like(output))
+        return [output, *aux], saved, cotangents
+
+    def guard(self) -> contextlib.AbstractContextManager[None]:
+        """Where errors say which method takes this loss."""
+        return naming_the_way_out(*self._problem)
 
 
-def _refuse_side_effects(effects: Any) -> None:
-    """Raises ValueError for what a loss must not do while it is differentiated.
+def check_collectives(
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: PyTree,
+    axis_name: str | None,
+    device_axes: Sequence[str],
+) -> None:
+    """Raises ValueError for parameters that a loss collects from several devices.
 
-    Printing for debugging may stay, and a use of a mapped axis counts as an effect.
+    Args: as of `Traced`.
     """
-    harmless = ("DebugEffect", "OrderedDebugEffect", "NamedAxisEffect")
-    harmful = sorted(
-        {str(effect) for effect in effects if type(effect).__name__ not in harmless}
-    )
-    if harmful:
-        raise ValueError(
-            f"loss_fn must not have side effects, got {', '.join(harmful)}: return the "
-            "value as aux (has_aux=True) and act on it outside"
-        )
+    closed, output_tree, kinds = _stage(loss_fn, params, batch, axis_name)
+    live = [i == 0 for i in range(output_tree.num_leaves)]
+    refuse_mixed_parameters(closed, kinds, live, device_axes)
+
+
+def _stage(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, axis_name: str | None
+) -> tuple[Any, Any, list[Kind]]:
+    """The loss of one environment as a jaxpr, its outputs' tree, its inputs' kinds."""
+    leaves, tree = jax.tree.flatten(params)
+    found: list[Any] = []
+
+    # Inside of a vmap for the shapes of one environment and for the name of its axis;
+    # nothing is computed.
+    def one(env_batch: PyTree) -> None:
+        batch_leaves, batch_tree = jax.tree.flatten(env_batch)
+        trees: list[Any] = []
+
+        def flat(leaves: list[Any], batch_leaves: list[Any]) -> Any:
+            output = loss_fn(
+                jax.tree.unflatten(tree, leaves),
+                jax.tree.unflatten(batch_tree, batch_leaves),
+            )
+            outputs, output_tree = jax.tree.flatten(output)
+            trees.append(output_tree)
+            return outputs
+
+        closed = jax.make_jaxpr(flat)(leaves, batch_leaves)
+        refuse_side_effects(closed.effects)
+        if any(_is_reference(var) for eqn in closed.jaxpr.eqns for var in eqn.outvars):
+            # Taken apart, a reference would be read at the wrong time.
+            whole = jax.jit(jex.jaxpr_as_fun(closed))
+            closed = jax.make_jaxpr(whole)(*leaves, *batch_leaves)
+        kinds = [Kind.PARAM] * len(leaves) + [Kind.BATCH] * len(batch_leaves)
+        found.append((closed, trees[-1], kinds))
+
+    jax.vmap(one, axis_name=axis_name)(batch)
+    return found[-1]
+
+
+def _is_reference(var: Any) -> bool:
+    return type(var.aval).__name__ == "AbstractRef"

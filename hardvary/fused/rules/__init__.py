@@ -11,13 +11,14 @@ import jax.numpy as jnp
 
 from hardvary._env_grads.statistics import EnvWeights, Statistic, Sums
 from hardvary.fused.grouping import Group, groups_of
+from hardvary.fused.program import Program
 from hardvary.fused.rules import convolution, layout, lookup, product
 from hardvary.fused.rules.base import Rule
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.rules.stack import Stack
 from hardvary.fused.rules.unused import Unused
 from hardvary.fused.traced import Traced
-from hardvary.fused.tracing import Program, Use
+from hardvary.fused.uses import Use
 
 RULES: dict[str, type[Rule]] = {
     "product": product.Product,

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from hardvary._env_grads.source import Source
 from hardvary.fused.grouping import Group
+from hardvary.fused.program import Bindings, Value
 from hardvary.fused.rules import convolution
 from hardvary.fused.traced import Traced
-from hardvary.fused.tracing import Bindings, Use, Value
+from hardvary.fused.uses import Use
 
 
 class Rule(Source):

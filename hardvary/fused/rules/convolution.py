@@ -2,10 +2,16 @@
 
 XLA's convolutions on CPU are made for many examples and small windows. The gradient of
 the weights is one with a window as large as the image; there it is several times
-faster to line up shifted slices of the input and multiply matrices. On a GPU, those of
-several environments at once would be a convolution in as many groups, and slow too.
+faster to line up pieces of the input, one for each place of the window, and multiply
+matrices. On a GPU, those of several environments at once would be a convolution in as
+many groups, and slow too.
+
+Along an axis on which windows do not overlap, all pieces are one reshape: a patch
+embedding is nothing but a product. Pieces of a small window are lined up at once;
+those of a large one a few at a time, in a loop.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,9 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hardvary import _validate
-from hardvary.fused.tracing import Bindings, Use
+from hardvary.fused.program import Bindings
+from hardvary.fused.uses import Use
+
+# Pieces that are lined up at once: a window of 3 x 3.
+PIECES = 9
 
 
 def applies(use: Use) -> bool:
@@ -29,10 +39,10 @@ def applies(use: Use) -> bool:
 
 
 def pull(
-    use: Use, operands: Sequence[Any], env: Bindings, saved: Any, cotangents: Any
+    use: Use, operands: Sequence[Any], bindings: Bindings, saved: Any, cotangents: Any
 ) -> Any:
     """As `Use.pull`."""
-    del env
+    del bindings
     (kernel,), (data,), (cotangent,) = operands, saved, cotangents
     result = kernel_gradient(data, cotangent, use.eqn.params, kernel.shape)
     return (result.astype(kernel.dtype),)
@@ -50,64 +60,170 @@ def kernel_gradient(
       shape: the kernel's.
 
     Returns:
-      An array of `shape`, at least float32.
+      An array of `shape`, complex if `data` or `cotangent` is, at least float32.
     """
-    dtype = _validate.wide(data.dtype)
-    data, cotangent = data.astype(dtype), cotangent.astype(dtype)
     numbers = params["dimension_numbers"]
     groups: int = params["feature_group_count"]
-    window = [shape[axis] for axis in numbers.rhs_spec[2:]]
+    dtype = _wide(data.dtype, cotangent.dtype)
+    if 0 in (data.size, cotangent.size, *shape):
+        return jnp.zeros(shape, dtype)
     # From here on: data [n, *space, group, in], cotangent [n, *space, group, out].
-    data = _features_last(data, numbers.lhs_spec)
-    cotangent = _features_last(cotangent, numbers.out_spec)
-    zero = jnp.zeros((), data.dtype)
-    padding = zip(params["padding"], params["lhs_dilation"], strict=True)
-    data = jax.lax.pad(
-        data,
-        zero,
-        [(0, 0, 0), *((low, high, d - 1) for (low, high), d in padding), (0, 0, 0)],
-    )
-    space = cotangent.shape[1:-1]
-
-    def shift(offsets: Sequence[int]) -> jax.Array:
-        start = [o * d for o, d in zip(offsets, params["rhs_dilation"], strict=True)]
-        stop = [
-            first + (size - 1) * stride + 1
-            for first, size, stride in zip(
-                start, space, params["window_strides"], strict=True
-            )
-        ]
-        return jax.lax.slice(
-            data,
-            (0, *start, 0),
-            (data.shape[0], *stop, data.shape[-1]),
-            (1, *params["window_strides"], 1),
+    data = _features_last(data.astype(dtype), numbers.lhs_spec)
+    cotangent = _features_last(cotangent.astype(dtype), numbers.out_spec)
+    axes = [
+        _Axis(*sizes)
+        for sizes in zip(
+            data.shape[1:-1],
+            cotangent.shape[1:-1],
+            [shape[axis] for axis in numbers.rhs_spec[2:]],
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            strict=True,
         )
-
-    slices = [shift(o) for o in itertools.product(*map(range, window))]
+    ]
+    data = jax.lax.pad(
+        data, jnp.zeros((), dtype), [(0, 0, 0), *(a.padding for a in axes), (0, 0, 0)]
+    )
     rows = math.prod(cotangent.shape[:-1])
     inputs = data.shape[-1] // groups
-    left = jnp.stack(
-        [piece.reshape(rows, groups, inputs) for piece in slices], axis=2
-    ).reshape(rows, groups, len(slices) * inputs)
     right = cotangent.reshape(rows, groups, -1)
-    if groups == 1:
-        contract = (((0,), (0,)), ((), ()))
-        product = jax.lax.dot_general(
-            left[:, 0], right[:, 0], contract, precision=params["precision"]
-        )[None]
+
+    def product(starts: Sequence[Any]) -> jax.Array:
+        """Of the pieces that begin there: [group, piece, (reshaped, in), out]."""
+        pieces = []
+        for start in starts:
+            piece = _piece(data, axes, start).reshape(rows, -1, groups, inputs)
+            pieces.append(jnp.swapaxes(piece, 1, 2))
+        left = jnp.stack(pieces, axis=2).reshape(rows, groups, -1)
+        result = _multiply(left, right, params["precision"])
+        return result.reshape(groups, len(pieces), -1, result.shape[-1])
+
+    starts = list(itertools.product(*(axis.starts for axis in axes)))
+    if len(starts) <= PIECES:
+        result = product(starts)
     else:
-        product = jax.lax.dot_general(
-            left, right, (((0,), (0,)), ((1,), (1,))), precision=params["precision"]
-        )
-    # [group, *window, in, out] -> window, in, (group out) -> the kernel's layout.
-    product = product.reshape(groups, *window, inputs, -1)
-    product = jnp.moveaxis(product, 0, -2).reshape(*window, inputs, -1)
+        parts = -(-len(starts) // PIECES)
+        size = -(-len(starts) // parts)
+        # The last part may hold places twice, whose products are dropped. Indices
+        # without a sign: others might count from the end.
+        table = np.resize(np.asarray(starts, np.uint32), (parts, size, len(axes)))
+        columns = [[*np.moveaxis(table[:, i], 1, 0)] for i in range(size)]
+        result = jax.lax.map(product, columns)
+        result = jnp.moveaxis(result, 0, 1).reshape(groups, -1, *result.shape[3:])
+        result = result[:, : len(starts)]
+    # -> [*window, in, (group out)] -> the kernel's layout.
+    shifted = [len(axis.starts) for axis in axes]
+    reshaped = [axis.window if axis.reshaped else 1 for axis in axes]
+    result = result.reshape(groups, *shifted, *reshaped, inputs, -1)
+    rank = len(axes)
+    window = [i for axis in range(rank) for i in (1 + axis, 1 + axis + rank)]
+    result = jnp.transpose(result, [*window, 2 * rank + 1, 0, 2 * rank + 2])
+    result = result.reshape(*(axis.window for axis in axes), inputs, -1)
     out_axis, in_axis, *window_axes = numbers.rhs_spec
     order = [*window_axes, in_axis, out_axis]
-    return jnp.transpose(product, [order.index(axis) for axis in range(len(order))])
+    return jnp.transpose(result, [order.index(axis) for axis in range(len(order))])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """A spatial axis of a convolution.
+
+    Attributes:
+      size: of the input.
+      out: of the output.
+      window: of the kernel.
+      stride: from one place of the output to the next.
+      pad: in front and behind; negative where the input is cropped.
+      dilation: of the input.
+      step: from one place of the window to the next, the dilation of the kernel.
+    """
+
+    size: int
+    out: int
+    window: int
+    stride: int
+    pad: tuple[int, int]
+    dilation: int
+    step: int
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether windows do not overlap, so that a reshape tells them apart."""
+        return self.window > 1 and (self.window - 1) * self.step < self.stride
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """Where in the padded input pieces begin."""
+        return range(0, 1 if self.reshaped else self.window * self.step, self.step)
+
+    @property
+    def span(self) -> int:
+        """Entries of the padded input from the begin to the end of a piece."""
+        return self.out * self.stride - (0 if self.reshaped else self.stride - 1)
+
+    @property
+    def padding(self) -> tuple[int, int, int]:
+        """As `jax.lax.pad` takes it, so that what pieces need is left."""
+        low, _ = self.pad
+        dilated = self.size + (self.size - 1) * (self.dilation - 1)
+        return low, self.starts[-1] + self.span - low - dilated, self.dilation - 1
+
+
+def _piece(data: jax.Array, axes: Sequence[_Axis], start: Any) -> jax.Array:
+    """What a place of the window sees: [n, *places of the output, *reshaped, in].
+
+    Args:
+      data: padded.
+      axes: its spatial axes.
+      start: first entry along each; traced in a loop.
+    """
+    rank = len(axes)
+    spans = [axis.span for axis in axes]
+    strides = [1 if axis.reshaped else axis.stride for axis in axes]
+    if not isinstance(start[0], int):
+        zero = np.uint32(0)
+        sizes = (data.shape[0], *spans, data.shape[-1])
+        data = jax.lax.dynamic_slice(data, (zero, *start, zero), sizes)
+        start = [0] * rank
+    stop = [first + span for first, span in zip(start, spans, strict=True)]
+    data = jax.lax.slice(
+        data,
+        (0, *start, 0),
+        (data.shape[0], *stop, data.shape[-1]),
+        (1, *strides, 1),
+    )
+    if not any(axis.reshaped for axis in axes):
+        return data
+    split = [i for a in axes for i in (a.out, a.stride if a.reshaped else 1)]
+    data = data.reshape(data.shape[0], *split, data.shape[-1])
+    outside, inside = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
+    for axis, i in zip(axes, inside, strict=True):
+        if axis.reshaped:
+            stop_at = (axis.window - 1) * axis.step + 1
+            data = jax.lax.slice_in_dim(data, 0, stop_at, axis.step, axis=i)
+    return jnp.transpose(data, (0, *outside, *inside, 2 * rank + 1))
+
+
+def _multiply(left: jax.Array, right: jax.Array, precision: Any) -> jax.Array:
+    """Sums over rows: [row, group, n], [row, group, m] -> [group, n, m]."""
+    rows = ((0,), (0,))
+    if left.shape[1] == 1:
+        left, right = left[:, 0], right[:, 0]
+        product = jax.lax.dot_general(left, right, (rows, ((), ())), precision)
+        return product[None]
+    return jax.lax.dot_general(left, right, (rows, ((1,), (1,))), precision)
 
 
 def _features_last(array: jax.Array, spec: Sequence[int]) -> jax.Array:
     batch, feature, *space = spec
     return jnp.transpose(array, (batch, *space, feature))
+
+
+def _wide(*dtypes: Any) -> Any:
+    """A dtype for sums of products of what has these: at least 32 bits for a number."""
+    double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return jnp.dtype(jnp.complex128 if double else jnp.complex64)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)

@@ -7,8 +7,8 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
+from hardvary.fused.program import Bindings, Program, Value
 from hardvary.fused.traced import Traced
-from hardvary.fused.tracing import Bindings, Program, Value
 
 # Equations that rearrange a parameter, entry by entry.
 LAYOUT = ("reshape", "transpose", "squeeze", "expand_dims", "copy", "copy_p")

@@ -10,7 +10,7 @@ from hardvary import _validate
 from hardvary._env_grads.statistics import EnvWeights, Statistic, Sums, present
 from hardvary.fused.rules.base import Rule
 from hardvary.fused.rules.layout import in_layout
-from hardvary.fused.tracing import Use
+from hardvary.fused.uses import Use
 
 
 def lookups(use: Use) -> int | None:

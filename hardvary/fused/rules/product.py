@@ -25,7 +25,7 @@ from hardvary._env_grads.statistics import (
 )
 from hardvary.fused.rules.layout import in_layout
 from hardvary.fused.rules.scan import Scan
-from hardvary.fused.tracing import Use
+from hardvary.fused.uses import Use
 
 # Environments whose signs are counted at once, on CPU: a few words.
 PART = 128

@@ -1,0 +1,88 @@
+"""Equations of jaxprs: applying them again, and what is inside of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+# Calls whose jaxpr may as well stand in their place: name -> where they hold it.
+INLINED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+}
+REMAT = ("checkpoint", "remat", "remat2")
+# Functions with derivatives of their own, which are Python code of the user's.
+CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
+
+_NO_DEBUG_INFO = jex.DebugInfo("hardvary", "", None, None)
+
+
+def bind(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
+    """Applies an equation to other arguments."""
+    if eqn.primitive.name in CUSTOM_RULES:
+        eqn, arguments = _with_arrays(eqn, arguments)
+    given = {
+        var: argument
+        for var, argument in zip(eqn.invars, arguments, strict=True)
+        if not isinstance(var, jex.Literal)
+    }
+    jaxpr = jex.Jaxpr(
+        constvars=(),
+        invars=list(given),
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=_NO_DEBUG_INFO,
+    )
+    return list(jax.core.eval_jaxpr(jaxpr, (), *given.values()))
+
+
+def _with_arrays(eqn: Any, arguments: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """`eqn` and its arguments with JAX arrays where a jaxpr holds NumPy's.
+
+    A user's rule may index them with a traced integer or use `.at`.
+    """
+    invars, results, new_var = [], [], jex.gensym()
+    for var, argument in zip(eqn.invars, arguments, strict=True):
+        # A Python number is what the user's function was given.
+        if isinstance(var, jex.Literal) and hasattr(argument, "ndim"):
+            var = new_var(var.aval)
+        invars.append(var)
+        results.append(as_array(argument) if hasattr(argument, "ndim") else argument)
+    return eqn.replace(invars=invars), results
+
+
+def as_array(constant: Any) -> Any:
+    """A JAX array of a constant that a jaxpr holds."""
+    return constant if isinstance(constant, jax.Array) else jnp.asarray(constant)
+
+
+def run_jaxpr(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
+    closed = jex.ClosedJaxpr(open_jaxpr(jaxpr), list(map(as_array, consts_of(jaxpr))))
+    return list(jex.jaxpr_as_fun(closed)(*arguments))
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    return jaxpr.jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jaxpr
+
+
+def consts_of(jaxpr: Any) -> Sequence[Any]:
+    return jaxpr.consts if isinstance(jaxpr, jex.ClosedJaxpr) else ()
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many of a `scan` equation's inputs are constants, and how many carries."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    # Since jax 0.11.
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def inexact(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)

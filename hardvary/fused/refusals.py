@@ -1,0 +1,95 @@
+"""What the fused oracle says of a loss that it cannot take apart."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+# Faults of the machine or found by a debugger, not of the program.
+_OF_RUNNING = (jax.errors.JaxRuntimeError, FloatingPointError, MemoryError)
+
+
+def refuse_side_effects(effects: Any) -> None:
+    """Raises ValueError for what a loss must not do while it is differentiated.
+
+    Printing for debugging may stay, references that the loss makes itself are no one
+    else's matter, and a use of a mapped axis counts as an effect.
+    """
+    harmless = (
+        "DebugEffect",
+        "OrderedDebugEffect",
+        "NamedAxisEffect",
+        "InternalMutableArrayEffect",
+    )
+    harmful = sorted(
+        {str(effect) for effect in effects if type(effect).__name__ not in harmless}
+    )
+    if harmful:
+        raise ValueError(
+            f"loss_fn must not have side effects, got {', '.join(harmful)}: return the "
+            "value as aux (has_aux=True) and act on it outside"
+        )
+
+
+@contextlib.contextmanager
+def naming_the_way_out(
+    loss_fn: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+    params: PyTree,
+    batch: PyTree,
+    axis_name: str | None,
+) -> Iterator[None]:
+    """Turns errors into a ValueError that says which method takes this loss.
+
+    If none does, the error is the loss's own, as plain JAX raises it.
+
+    Args:
+      loss_fn: `loss_fn(params, env_batch) -> (loss, aux)`.
+      params: its parameters.
+      batch: leaves `[env, ...]`.
+      axis_name: a name for the axis of environments.
+
+    Raises:
+      ValueError: in place of any error that comes from the fused oracle's surgery.
+    """
+    try:
+        yield
+    except _OF_RUNNING:
+        raise
+    except Exception as error:
+        grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def one(params: PyTree, batch: PyTree) -> Any:
+            return grad(params, jax.tree.map(lambda leaf: leaf[0], batch))
+
+        def stacked(params: PyTree, batch: PyTree) -> Any:
+            return jax.vmap(grad, (None, 0), axis_name=axis_name)(params, batch)
+
+        ways = {"grad_stats(loss_fn, method='vmap') and per_env_grad take": stacked}
+        if axis_name is None:
+            ways["grad_stats(loss_fn, method='scan') takes"] = one
+        for way, function in ways.items():
+            try:
+                jax.eval_shape(function, params, batch)
+            except _OF_RUNNING:
+                raise
+            except Exception as own:
+                natural = own
+            else:
+                raise ValueError(
+                    f"method='fused' cannot take this loss apart: {_cause(error)}. "
+                    f"{way} it"
+                ) from error
+        raise natural from None
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, jax.errors.UnexpectedTracerError):
+        return (
+            "a function with derivatives of its own (custom_jvp, custom_vjp) closes "
+            "over a value of the loss, which it should take as an argument"
+        )
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}{': ' if first else ''}{first.rstrip('.')}"
