@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hardvary import _validate
-
-PyTree = Any
+from hardvary._typing import PyTree
 
 
 class AddL1DecayState(NamedTuple):

@@ -11,8 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from hardvary import _hyperparams, _validate
 from hardvary._env_grads.statistics import sign_or_nan
-
-PyTree = Any
+from hardvary._typing import PyTree, Threshold
 
 
 class TemporalAndMaskState(NamedTuple):
@@ -59,7 +58,7 @@ class ScaleByTemporalAndMaskAdamState(NamedTuple):
 def temporal_and_mask(
     inner: optax.GradientTransformation,
     *,
-    threshold: optax.ScalarOrSchedule | PyTree,
+    threshold: Threshold,
     decay: ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets updates of `inner` pass where gradient signs agreed over recent steps.
@@ -170,7 +169,7 @@ def scale_by_temporal_and_mask_adam(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     b3: ArrayLike = 0.9,
-    threshold: optax.ScalarOrSchedule | PyTree = 0.4,
+    threshold: Threshold = 0.4,
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
@@ -273,7 +272,7 @@ def temporal_and_mask_adam(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     b3: ArrayLike = 0.9,
-    threshold: optax.ScalarOrSchedule | PyTree = 0.4,
+    threshold: Threshold = 0.4,
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
@@ -404,7 +403,7 @@ def _scale_by_adam(
     b1: ArrayLike,
     b2: ArrayLike,
     b3: ArrayLike,
-    threshold: optax.ScalarOrSchedule | PyTree,
+    threshold: Threshold,
     eps: ArrayLike,
     eps_root: ArrayLike,
     mu_dtype: DTypeLike | None,
@@ -529,7 +528,7 @@ def _average_signs(sign_ema: PyTree, grads: PyTree, decay: ArrayLike) -> PyTree:
 def _let_pass(
     updates: PyTree,
     sign_ema: PyTree,
-    threshold: optax.ScalarOrSchedule | PyTree,
+    threshold: Threshold,
     count: jax.Array,
 ) -> tuple[PyTree, jax.Array]:
     """Returns updates behind the mask, NaN where the average is, and the kept share."""
