@@ -29,6 +29,7 @@ from tests.zoo.compare import (
     Stacked,
     assert_stats_match,
     compile_quickly,
+    fields_by_path,
     poison,
 )
 from tests.zoo.model import ZOO, Model
@@ -41,5 +42,6 @@ __all__ = [
     "assert_stats_match",
     "compile_quickly",
     "conv",
+    "fields_by_path",
     "poison",
 ]

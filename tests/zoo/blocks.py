@@ -5,18 +5,24 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tests.zoo.model import NUM_ENVS
 
 
+def floats(values, dtype=jnp.float32):
+    # Cast by NumPy: JAX would compile a cast for every shape.
+    return jnp.asarray(np.asarray(values, dtype))
+
+
 def normal(rng, *shape, dtype=jnp.float32):
-    return jnp.asarray(rng.normal(size=shape), dtype)
+    return floats(rng.normal(size=shape), dtype)
 
 
 def weight(rng, *shape, fan_in=None):
     fan_in = math.prod(shape[:-1]) if fan_in is None else fan_in
-    return jnp.asarray(rng.normal(size=shape) / math.sqrt(fan_in), jnp.float32)
+    return floats(rng.normal(size=shape) / math.sqrt(fan_in))
 
 
 def inputs(rng, *shape, num_envs=NUM_ENVS):
@@ -24,7 +30,8 @@ def inputs(rng, *shape, num_envs=NUM_ENVS):
 
 
 def ids(rng, high, *shape, low=0):
-    return jnp.asarray(rng.integers(low, high, size=(NUM_ENVS, *shape)), jnp.int32)
+    values = rng.integers(low, high, size=(NUM_ENVS, *shape))
+    return jnp.asarray(np.asarray(values, np.int32))
 
 
 def pairs(rng, x_shape, y_shape):
@@ -39,6 +46,13 @@ def mse(prediction, target):
 
 def regression(predict):
     return lambda params, batch: mse(predict(params, batch["x"]), batch["y"])
+
+
+def one_of(batch):
+    """Shapes and dtypes of a single environment."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch
+    )
 
 
 def mix(rng, shape):

@@ -1,4 +1,4 @@
-"""The definition of all statistics, and the comparison with it."""
+"""The definition of all that gradients are asked for, and comparisons with it."""
 
 import contextlib
 import functools
@@ -8,21 +8,42 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hardvary import GradStats
+
 # What these tests compile is small and runs once: compiling is all they cost, and these
-# options make it four times faster.
-QUICK = {"xla_backend_optimization_level": 0}
+# options make it four to six times faster.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    # Parts for several threads to compile, each with costs of its own.
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 if jax.__version_info__ < (0, 11):  # then it lost the option
     QUICK["xla_cpu_use_fusion_emitters"] = False
+
+# Name of a statistic -> field of GradStats.
+FIELDS = {
+    "mean": "mean",
+    "sign": "sign_sum",
+    "square": "square_mean",
+    "log_abs": "log_abs_mean",
+    "abs": "abs_mean",
+    "nonzero": "nonzero_sum",
+}
 
 
 def compile_quickly(function):
     return jax.jit(function, compiler_options=QUICK)
 
 
+# --------------------------------------------------------------------------------------
+# The definition.
+
+
 class Stacked:
     """Losses, aux and gradients of every environment, from the definition.
 
-    `vmap(grad)`, nothing of hardvary involved.
+    `vmap(grad)`, nothing of hardvary involved. What follows from the gradients is
+    computed in float64.
 
     Attributes:
       losses: `[env]`.
@@ -31,16 +52,22 @@ class Stacked:
     """
 
     def __init__(self, loss_fn, params, batch, has_aux=False, promotion=None):
-        self._one = functools.partial(
-            jax.value_and_grad(loss_fn, has_aux=has_aux), params
-        )
-        self._batch = batch
+        self._one = jax.value_and_grad(loss_fn, has_aux=has_aux)
+        self._every = compile_quickly(jax.vmap(self._one, (None, 0)))
+        self._params, self._batch = params, batch
         self._promotion = contextlib.ExitStack if promotion is None else promotion
-        with self._promotion():
-            value, grads = compile_quickly(jax.vmap(self._one))(batch)
+        value, self.grads = self._run(self._every, batch)
         losses, self.aux = value if has_aux else (value, None)
         self.losses = np.asarray(losses, np.float64)
-        self.grads = by_path(grads)
+
+    def _run(self, function, batch):
+        with self._promotion():
+            value, grads = function(self._params, batch)
+        return value, by_path(grads)
+
+    def grads_of(self, batch):
+        """`grads` of another batch, without compiling anything again."""
+        return self._run(self._every, batch)[1]
 
     @functools.cached_property
     def zero(self):
@@ -49,14 +76,63 @@ class Stacked:
         Zero by one route alone is a cancellation: rounding, not what the model says.
         A compilation more, which is rarely needed.
         """
-        with self._promotion():
-            _, grads = compile_quickly(lambda batch: lax.map(self._one, batch))(
-                self._batch
-            )
+
+        @compile_quickly
+        def one_by_one(params, batch):
+            return lax.map(functools.partial(self._one, params), batch)
+
+        _, grads = self._run(one_by_one, self._batch)
         return {
-            path: (grad == 0) & (self.grads[path] == 0)
-            for path, grad in by_path(grads).items()
+            path: (grad == 0) & (self.grads[path] == 0) for path, grad in grads.items()
         }
+
+    def rows(self, env_weights=None):
+        """Path -> `[env, component]`, absent environments as rows of zeros."""
+        present = present_of(env_weights, len(self.losses))
+        return {
+            path: np.where(present[:, None], grad.reshape(len(grad), -1), 0)
+            for path, grad in self.grads.items()
+        }
+
+    def gramian(self, env_weights=None):
+        """Path -> `[env, env]`, inner products of the environments' gradients."""
+        return {path: rows @ rows.T for path, rows in self.rows(env_weights).items()}
+
+    def norms(self, env_weights=None):
+        """Path -> `[env]`."""
+        return {
+            path: np.linalg.norm(rows, axis=1)
+            for path, rows in self.rows(env_weights).items()
+        }
+
+    def combine(self, weights, env_weights=None):
+        """Path -> `sum_e weights_e grad_e`, the shape of the parameter."""
+        weights = np.asarray(weights, np.float64)
+        return {
+            path: (weights @ rows).reshape(self.grads[path].shape[1:])
+            for path, rows in self.rows(env_weights).items()
+        }
+
+    def errors(self, rounding=1e-5, env_weights=None):
+        """Path -> what a component of a present environment's gradient may be off by.
+
+        Args:
+          rounding: as in `Model`. A share of the parameter's largest gradient, and of
+            the tree's largest: terms of that size may have cancelled.
+          env_weights: `[env]`, or None for 1 each.
+        """
+        largest = {
+            path: np.abs(rows).max(initial=0)
+            for path, rows in self.rows(env_weights).items()
+        }
+        of_all = max(largest.values(), default=0)
+        return {
+            path: rounding * (2 * size + 0.1 * of_all) for path, size in largest.items()
+        }
+
+
+def present_of(env_weights, num_envs):
+    return np.ones(num_envs, bool) if env_weights is None else env_weights > 0
 
 
 def by_path(tree, dtype=np.float64):
@@ -66,11 +142,64 @@ def by_path(tree, dtype=np.float64):
     }
 
 
-def assert_stats_match(stats, params, stacked, weights=None, rounding=1e-5):
-    """Compares GradStats with stacked gradients; returns the share of decided signs.
+def fields_by_path(stats, params):
+    """Path of a parameter -> name of a field -> array, `num_envs` among them.
+
+    Fields that are None are left out.
 
     Args:
-      stats: `hardvary.GradStats`; statistics that are None are skipped.
+      stats: a `GradStats` of trees like params, or a tree like params of `GradStats`.
+      params: what the statistics are of.
+    """
+    structure = jax.tree.structure(params)
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)
+    ]
+    if isinstance(stats, GradStats):
+        fields = [{"num_envs": stats.num_envs} for _ in paths]
+        for name in FIELDS.values():
+            tree = getattr(stats, name, None)
+            if tree is None:
+                continue
+            assert jax.tree.structure(tree) == structure, name
+            for of_path, leaf in zip(fields, jax.tree.leaves(tree), strict=True):
+                of_path[name] = leaf
+    else:
+        leaves, found = jax.tree.flatten(
+            stats, is_leaf=lambda node: isinstance(node, GradStats)
+        )
+        assert found == structure
+        fields = [
+            {
+                name: getattr(leaf, name)
+                for name in ("num_envs", *FIELDS.values())
+                if getattr(leaf, name, None) is not None
+            }
+            for leaf in leaves
+        ]
+    return dict(zip(paths, fields, strict=True))
+
+
+# --------------------------------------------------------------------------------------
+# Comparisons with it.
+
+
+def assert_within(off, allowed, what):
+    allowed = np.broadcast_to(allowed, np.shape(off))
+    # Not `off > allowed`: NaN is wrong too.
+    wrong = ~(off <= allowed)
+    if np.any(wrong):
+        raise AssertionError(
+            f"{what} is off by {off[wrong]}, of which {allowed[wrong]} may be "
+            f"rounding, at {np.argwhere(wrong).tolist()}"
+        )
+
+
+def assert_stats_match(fields, params, stacked, weights=None, rounding=1e-5):
+    """Compares statistics with stacked gradients; returns the share of decided signs.
+
+    Args:
+      fields: path -> name of a field -> array, as from `fields_by_path`.
       params: what the statistics are of.
       stacked: `Stacked`.
       weights: `[env]`, binary fractions so that sums of signs are exact.
@@ -80,51 +209,39 @@ def assert_stats_match(stats, params, stacked, weights=None, rounding=1e-5):
     """
     num_envs = len(stacked.losses)
     weights = np.ones(num_envs) if weights is None else np.asarray(weights, np.float64)
-    assert float(stats.num_envs) == weights.sum()
-    fields = {}
-    for name in ("mean", "sign_sum", "square_mean", "log_abs_mean"):
-        tree = getattr(stats, name)
-        if tree is None:
-            continue
-        assert jax.tree.structure(tree) == jax.tree.structure(params), name
-        for leaf, param in zip(
-            jax.tree.leaves(tree), jax.tree.leaves(params), strict=True
-        ):
+    params = {
+        jax.tree_util.keystr(path): param
+        for path, param in jax.tree.leaves_with_path(params)
+    }
+    assert fields.keys() == params.keys()
+    for path, param in params.items():
+        of_path = dict(fields[path])
+        assert float(of_path.pop("num_envs")) == weights.sum(), path
+        for name, leaf in of_path.items():
             wide = np.promote_types(leaf.dtype, np.float32)
             expected = jnp.result_type(param) if name == "mean" else wide
-            assert leaf.dtype == expected, name
-            assert leaf.shape == np.shape(param), name
-        fields[name] = by_path(tree)
+            assert leaf.dtype == expected, (name, path)
+            assert leaf.shape == np.shape(param), (name, path)
 
     zero = {path: grad == 0 for path, grad in stacked.grads.items()}
     try:
-        return _compare(fields, stacked.grads, zero, weights, rounding)
+        return _compare(fields, stacked, zero, weights, rounding)
     except AssertionError:
         unsure = any((zero[path] != stacked.zero[path]).any() for path in zero)
         if not unsure:
             raise
-    return _compare(fields, stacked.grads, stacked.zero, weights, rounding)
+    return _compare(fields, stacked, stacked.zero, weights, rounding)
 
 
-def _compare(fields, grads, zeros, weights, rounding):
-    present = weights > 0
-    grads = {path: grad[present] for path, grad in grads.items()}
-    weights = weights[present]
+def _compare(fields, stacked, zeros, env_weights, rounding):
+    present = env_weights > 0
+    weights = env_weights[present]
+    grads = {path: grad[present] for path, grad in stacked.grads.items()}
+    errors = stacked.errors(rounding, env_weights)
     largest = max((np.abs(g).max(initial=0) for g in grads.values()), default=0)
     count, total = 0, 0
-
-    def check(name, path, off, allowed):
-        allowed = np.broadcast_to(allowed, off.shape)
-        # Not `off > allowed`: NaN is wrong too.
-        wrong = ~(off <= allowed)
-        if wrong.any():
-            raise AssertionError(
-                f"{name} of {path} is off by {off[wrong]}, of which {allowed[wrong]} "
-                f"may be rounding, at {np.argwhere(wrong).tolist()}"
-            )
-
     for path, grad in grads.items():
-        zero = zeros[path][present]
+        zero, error = zeros[path][present], errors[path]
         weight = weights.reshape(-1, *[1] * (grad.ndim - 1))
 
         def average(values, weight=weight):
@@ -133,27 +250,72 @@ def _compare(fields, grads, zeros, weights, rounding):
         undecided = (np.abs(grad) <= rounding * largest) & ~zero
         decided = ~undecided.any(0)
         count, total = count + decided.sum(), total + decided.size
-        # What a gradient may be off by. A share of the tree's largest: terms of that
-        # size may have cancelled.
-        error = rounding * (2 * np.abs(grad).max(initial=0) + 0.1 * largest)
-
-        if "mean" in fields:
-            off = np.abs(fields["mean"][path] - average(grad))
-            check("mean", path, off, error)
-        if "sign_sum" in fields:
-            off = np.abs(fields["sign_sum"][path] - (weight * np.sign(grad)).sum(0))
-            check("sign", path, off, 2 * (weight * undecided).sum(0))
-        if "square_mean" in fields:
-            off = np.abs(fields["square_mean"][path] - average(grad**2))
-            allowed = average(2 * np.abs(grad) * error) + error**2
-            check("square", path, off, allowed)
-        if "log_abs_mean" in fields:
-            expected = average(np.log(np.abs(grad) + 1e-10))
-            slope = np.where(zero, 0, 1 / (np.abs(grad) + 1e-10))
-            allowed = average(error * slope) + 1e-5 * (1 + np.abs(expected))
-            off = np.abs(fields["log_abs_mean"][path] - expected)
-            check("log_abs", path, np.where(decided, off, 0), allowed)
+        # Votes that may go either way, or not be cast.
+        unsure = (weight * undecided).sum(0)
+        slope = np.where(zero, 0, 1 / (np.abs(grad) + 1e-10))
+        log_abs = average(np.log(np.abs(grad) + 1e-10))
+        # Name of a field -> what it must be, what it may be off by, where it counts.
+        expected = {
+            "mean": (average(grad), error, True),
+            "sign_sum": ((weight * np.sign(grad)).sum(0), 2 * unsure, True),
+            "square_mean": (
+                average(grad**2),
+                average(2 * np.abs(grad) * error) + error**2,
+                True,
+            ),
+            "log_abs_mean": (
+                log_abs,
+                average(error * slope) + 1e-5 * (1 + np.abs(log_abs)),
+                decided,
+            ),
+            "abs_mean": (average(np.abs(grad)), error, True),
+            "nonzero_sum": ((weight * (grad != 0)).sum(0), unsure, True),
+        }
+        for name, leaf in fields[path].items():
+            if name == "num_envs":
+                continue
+            value, allowed, counts = expected[name]
+            off = np.abs(np.asarray(leaf).astype(np.float64) - value)
+            assert_within(np.where(counts, off, 0), allowed, f"{name} of {path}")
     return count / total if total else 1.0
+
+
+def assert_gramians_match(gramians, stacked, env_weights=None, rounding=1e-5):
+    """Compares path -> `[env, env]`; rows and columns of absent environments are 0."""
+    present = present_of(env_weights, len(stacked.losses))
+    both = np.multiply.outer(present, present)
+    rows, errors = stacked.rows(env_weights), stacked.errors(rounding, env_weights)
+    for path, expected in stacked.gramian(env_weights).items():
+        sizes, error = np.abs(rows[path]).sum(1), errors[path]
+        allowed = error * np.add.outer(sizes, sizes) + error**2 * rows[path].shape[1]
+        actual = np.asarray(gramians[path], np.float64)
+        assert actual.shape == expected.shape, path
+        assert_within(np.abs(actual - expected), both * allowed, f"gramian of {path}")
+
+
+def assert_norms_match(norms, stacked, env_weights=None, rounding=1e-5):
+    """Compares path -> `[env]`; absent environments have none."""
+    errors = stacked.errors(rounding, env_weights)
+    for path, expected in stacked.norms(env_weights).items():
+        size = stacked.grads[path][0].size
+        allowed = np.sqrt(size) * errors[path] * present_of(env_weights, len(expected))
+        actual = np.asarray(norms[path], np.float64)
+        assert actual.shape == expected.shape, path
+        assert_within(np.abs(actual - expected), allowed, f"norms of {path}")
+
+
+def assert_combinations_match(
+    combined, stacked, weights, env_weights=None, rounding=1e-5
+):
+    """Compares path -> `sum_e weights_e grad_e`, the shape of the parameter."""
+    errors = stacked.errors(rounding, env_weights)
+    present = present_of(env_weights, len(stacked.losses))
+    total = np.abs(np.asarray(weights, np.float64))[present].sum()
+    for path, expected in stacked.combine(weights, env_weights).items():
+        actual = np.asarray(combined[path], np.float64)
+        assert actual.shape == expected.shape, path
+        allowed = total * errors[path]
+        assert_within(np.abs(actual - expected), allowed, f"combination of {path}")
 
 
 def poison(batch, env):

@@ -34,8 +34,8 @@ def conv_case(rng, x_shape, kernel_shape, bias=True, one_more=True, **settings):
         y = jnp.tanh(y)
         return conv(y, params["top"]) if one_more else y
 
-    shape = jax.eval_shape(forward, params, jnp.zeros(x_shape)).shape
-    top = mix(rng, shape)
+    example = jax.ShapeDtypeStruct(x_shape, jnp.float32)
+    top = mix(rng, jax.eval_shape(forward, params, example).shape)
 
     def loss_fn(params, batch):
         return top(forward(params, batch))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tests.zoo.blocks import ids, inputs, mix, normal, weight
+from tests.zoo.blocks import ids, inputs, mix, normal, one_of, weight
 from tests.zoo.model import NUM_ENVS, model
 
 
@@ -15,7 +15,7 @@ def drawn(rng, shape):
 
 def linen_case(rng, module, x_shape):
     """Variables and a loss of a Linen module without state."""
-    example = jnp.zeros(x_shape)
+    example = jax.ShapeDtypeStruct(x_shape, jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
     params = jax.tree.map(lambda leaf: drawn(rng, leaf.shape), shapes)
     out = jax.eval_shape(lambda p, x: module.apply({"params": p}, x), params, example)
@@ -90,8 +90,7 @@ def nnx_case(rng, make, x_shape, call=None, more=None, draw=None):
         state = jax.tree.map(lambda leaf: leaf, rest)
         return call(nnx.merge(graph, params, state), batch)
 
-    one = jax.tree.map(lambda leaf: leaf[0], batch)
-    top = mix(rng, jax.eval_shape(forward, params, one).shape)
+    top = mix(rng, jax.eval_shape(forward, params, one_of(batch)).shape)
 
     def loss_fn(params, batch):
         return top(forward(params, batch))

@@ -3,7 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from tests.zoo.blocks import ids, inputs, mix, mse, normal, pairs, regression, weight
+from tests.zoo.blocks import (
+    ids,
+    inputs,
+    mix,
+    mse,
+    normal,
+    one_of,
+    pairs,
+    regression,
+    weight,
+)
 from tests.zoo.model import model
 
 
@@ -13,7 +23,7 @@ def rows(table, tokens):
 
 def lookup_case(rng, tokens, lookup):
     params = {"table": normal(rng, 7, 4), "w": weight(rng, 4, 3)}
-    shape = jax.eval_shape(lookup, params["table"], tokens[0]).shape
+    shape = jax.eval_shape(lookup, params["table"], one_of(tokens)).shape
     top = mix(rng, (*shape[:-1], 3))
 
     def loss_fn(params, tokens):
