@@ -171,9 +171,13 @@ class EnvGrad(metaclass=_NoArray):
       [-2.0, 4.0]
     """
 
+    shape: tuple[int, ...]
+    dtype: Any
+    num_envs: int
+
     def __init__(self, answers: Answers, index: int, like: Any) -> None:
         self._answers, self._index = answers, index
-        self.shape: tuple[int, ...] = np.shape(like)
+        self.shape = np.shape(like)
         self.dtype = jnp.result_type(like)
         self.num_envs = answers.num_envs
 
@@ -336,9 +340,9 @@ def value_and_env_grads(
     Returns:
       A function `(*args, env_weights=None, **kwargs)` that returns
       `(losses, gradients)`, or `((losses, aux), gradients)`; arguments as for
-      `per_env_grad`, losses `[env]`, unweighted, in the loss's dtype. `env_weights:
-      [env]`, non-negative, weights the environments in every statistic; 0 marks an
-      absent one, whose batch may hold anything.
+      `per_env_grad`, losses `[env]`, unweighted, in the loss's dtype.
+      `env_weights: [env]`, non-negative, weights the environments in every statistic;
+      0 marks an absent one, whose batch may hold anything.
 
     Raises:
       TypeError: as `per_env_grad`.

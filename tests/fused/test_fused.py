@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hardvary
-from hardvary.fused import grouping as _fused
-from hardvary.fused import tracing as _trace
-from tests._asserts import assert_trees_close
+from hardvary import sharding
+from tests._asserts import assert_trees_close, field_of
 from tests._inputs import STATISTICS
-from tests.fused.test_zoo import build, check, run_oracle
+from tests.fused._models import build, check, make_oracle
+from tests.zoo import compile_quickly
 
 NUM_ENVS = 6
 
@@ -151,6 +151,7 @@ def test_explain_takes_argnums_aux_and_keywords():
         shape_of(4, 5),
         argnums=1,
         has_aux=True,
+        in_axes={"shift": None},
         shift=jnp.ones(5),
     )
     assert [row.rule for row in explanation.parameters] == ["product"]
@@ -191,9 +192,10 @@ ACCELERATED = [
 
 @pytest.mark.parametrize("name", ACCELERATED)
 def test_fused_stats_as_on_an_accelerator_equal_stacked_gradients(name, monkeypatch):
-    for module in (_trace, _fused):
-        monkeypatch.setattr(module, "on_cpu", lambda: False)
-    check(name, run_oracle(name, build(name)[2], stats=STATISTICS))
+    monkeypatch.setattr(sharding, "on_cpu", lambda: False)
+    params, _, batch = build(name)
+    run = compile_quickly(make_oracle(name, stats=STATISTICS))
+    check(name, run(params, batch))
 
 
 @pytest.mark.parametrize("num_envs", [1, 31, 32, 33, 127, 128, 129, 256, 300])
@@ -320,7 +322,7 @@ def test_env_axis_name_gives_collectives_all_environments(norm_params):
         return jnp.sum(run(params, x))
 
     full = jax.grad(total)(norm_params)
-    sums = jax.tree.map(lambda mean: mean * NUM_ENVS, actual[1].mean)
+    sums = jax.tree.map(lambda mean: mean * NUM_ENVS, field_of(actual[1], "mean"))
     assert_trees_close(sums, full, rtol=1e-4, atol=1e-5)
 
 
@@ -347,7 +349,7 @@ def test_env_axis_name_in_shard_map_with_both_axes_equals_one_device(norm_params
     assert_trees_close(losses, expected_losses, rtol=1e-4, atol=1e-5)
     for field in ("mean", "sign_sum", "square_mean", "log_abs_mean", "num_envs"):
         assert_trees_close(
-            getattr(stats, field), getattr(expected, field), rtol=1e-4, atol=1e-4
+            field_of(stats, field), field_of(expected, field), rtol=1e-4, atol=1e-4
         )
 
 
