@@ -77,7 +77,10 @@ def make_step(
         gradient = jax.value_and_grad(mean_loss)
     else:
         tx = optax.chain(hardvary.and_mask(THRESHOLD), sgd)
-        gradient = hardvary.value_and_grad_stats(loss_fn, method=contestant)
+        if contestant == "fused":
+            gradient = hardvary.value_and_env_grads(loss_fn)
+        else:
+            gradient = hardvary.value_and_grad_stats(loss_fn, method=contestant)
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         loss, grads = gradient(params, batch)

@@ -67,11 +67,11 @@ class Row(TypedDict):
 class Signals(NamedTuple):
     """Gradients at the same parameters, over all environments.
 
-    `original` is that on the data as it is, with its signs; `mechanism` and `shortcut`
-    are means, trees like the parameters.
+    All are trees like the parameters. `original`, of `GradStats`, is that on the data
+    as it is, with its signs; `mechanism` and `shortcut` are means.
     """
 
-    original: hardvary.GradStats
+    original: Any
     mechanism: Variables
     shortcut: Variables
 

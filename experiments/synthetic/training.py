@@ -50,7 +50,7 @@ EVALUATED = 128
 
 
 class State(NamedTuple):
-    """What training carries from step to step.
+    """All that training carries from step to step.
 
     `log_weights` [env] of the environments are group DRO's, and stay 0 in the other
     methods. As logarithms none of them gets lost for good.
@@ -71,7 +71,7 @@ class EnvBatch(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a loss reports beside the objective."""
+    """Reports of a loss beside the objective."""
 
     cross_entropy: jax.Array
     batch_stats: BatchStats
@@ -243,6 +243,7 @@ def make_gradients(config: TrainConfig) -> Gradients:
             method=config.oracle,
             microbatch_size=config.microbatch_size if config.oracle == "scan" else None,
             has_aux=True,
+            in_axes={"batch_stats": None, "penalty_weight": None},
             env_axis_name=ENV_AXIS if config.batch_norm else None,
         )
 

@@ -124,14 +124,14 @@ def compare(
             ).gradients
             for name, way in ways.items()
         }
-        same = _distance(stats["path"].mean, stats["coupled"].mean)
+        same = _distance(_mean(stats["path"]), _mean(stats["coupled"]))
         for threshold in config.thresholds:
             table.append(
                 {
                     "epoch": look,
                     "threshold": threshold,
                     **compare_masks(stats["path"], stats["coupled"], threshold),
-                    "kept_group": float(_kept(stats["group"], threshold)),
+                    "kept_group": float(_masked(stats["group"], threshold)[1]),
                     "mean_difference": same,
                 }
             )
@@ -171,13 +171,11 @@ def _time(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def compare_masks(
-    path: hardvary.GradStats, coupled: hardvary.GradStats, threshold: float
-) -> dict[str, float]:
+def compare_masks(path: Any, coupled: Any, threshold: float) -> dict[str, float]:
     """Two masks at one threshold.
 
     Args:
-      path: statistics of one reading.
+      path: statistics of one reading, a tree of `GradStats`.
       coupled: of the other, with the same mean up to rounding.
       threshold: of the AND-mask.
 
@@ -186,34 +184,34 @@ def compare_masks(
       components that pass both over those that pass either (Jaccard index; NaN where
       nothing passes). `cosine`: between the masked means (NaN likewise).
     """
-    first, second = _mask(path, threshold), _mask(coupled, threshold)
-    both = optax.tree.sum(jax.tree.map(jnp.logical_and, first, second))
-    either = optax.tree.sum(jax.tree.map(jnp.logical_or, first, second))
-    masked = [
-        jax.tree.map(jnp.multiply, stats.mean, mask)
-        for stats, mask in ((path, first), (coupled, second))
-    ]
-    norms = optax.tree.norm(masked[0]) * optax.tree.norm(masked[1])
+    masks = [hardvary.mask(stats, threshold) for stats in (path, coupled)]
+    both = optax.tree.sum(jax.tree.map(jnp.logical_and, *masks))
+    either = optax.tree.sum(jax.tree.map(jnp.logical_or, *masks))
+    (first, kept_path), (second, kept_coupled) = (
+        _masked(stats, threshold) for stats in (path, coupled)
+    )
+    norms = optax.tree.norm(first) * optax.tree.norm(second)
     return {
-        "kept_path": float(_share(first)),
-        "kept_coupled": float(_share(second)),
+        "kept_path": float(kept_path),
+        "kept_coupled": float(kept_coupled),
         "overlap": float(both / either),
-        "cosine": float(optax.tree.vdot(*masked) / norms),
+        "cosine": float(optax.tree.vdot(first, second) / norms),
     }
 
 
-def _mask(stats: hardvary.GradStats, threshold: float) -> Any:
-    agreement = hardvary.agreement(stats)
-    return jax.tree.map(lambda leaf: leaf >= threshold, agreement)
+def _masked(stats: Any, threshold: float) -> tuple[Any, jax.Array]:
+    """The masked mean, and the share of components that pass."""
+    aggregator = hardvary.and_mask(threshold)
+    masked, state = aggregator.update(stats, aggregator.init(None))
+    return masked, state.kept_fraction
 
 
-def _kept(stats: hardvary.GradStats, threshold: float) -> jax.Array:
-    return _share(_mask(stats, threshold))
-
-
-def _share(mask: Any) -> jax.Array:
-    leaves = jax.tree.leaves(mask)
-    return sum(leaf.sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)
+def _mean(stats: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.mean,
+        stats,
+        is_leaf=lambda node: isinstance(node, hardvary.GradStats),
+    )
 
 
 def _distance(a: Any, b: Any) -> float:

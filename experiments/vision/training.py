@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,7 +63,7 @@ class Examples(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """What a run trains and is evaluated on."""
+    """The examples of a run, for training and evaluation."""
 
     train: Examples
     test: Examples
@@ -96,7 +95,7 @@ class Kept(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step reports."""
+    """The report of a step."""
 
     loss: jax.Array
     kept: Kept
@@ -148,10 +147,10 @@ def make_optimizer(config: Settings) -> optax.GradientTransformation:
 
 
 class Gradients(NamedTuple):
-    """What a step's examples give.
+    """Losses and gradients of a step's examples.
 
-    `losses` [example]; `mean` is a tree like the parameters, or a `GradStats` if the
-    examples are to vote.
+    `losses` [example]; `gradients` is a tree like the parameters, with a `GradStats` at
+    every leaf if the examples are to vote.
     """
 
     losses: jax.Array
@@ -181,7 +180,7 @@ def make_plain_gradients(config: Settings, channels: int) -> GradientsFn:
 
 
 def make_voting_gradients(config: Settings, channels: int) -> GradientsFn:
-    """Mean and votes of the gradients of all examples, as `GradStats`."""
+    """Mean and votes of the gradients of all examples, a tree of `GradStats`."""
     if config.norm == "batch" and config.batch_norm == "coupled":
         return _make_coupled_gradients(config, channels)
     shared = config.norm == "batch"
@@ -199,7 +198,11 @@ def make_voting_gradients(config: Settings, channels: int) -> GradientsFn:
         return _cross_entropy(logits, label[None])[0], batch_stats
 
     oracle = hardvary.value_and_grad_stats(
-        loss_fn, method=config.oracle, has_aux=True, env_axis_name=axis_name
+        loss_fn,
+        method=config.oracle,
+        has_aux=True,
+        in_axes={"batch_stats": None},
+        env_axis_name=axis_name,
     )
 
     def path(variables: Variables, images: jax.Array, labels: jax.Array) -> Gradients:
@@ -215,40 +218,21 @@ def make_voting_gradients(config: Settings, channels: int) -> GradientsFn:
 
 
 def _make_coupled_gradients(config: Settings, channels: int) -> GradientsFn:
-    losses_of = _batch_losses(config, channels)
+    oracle = hardvary.value_and_env_grads_of_losses(
+        _batch_losses(config, channels),
+        has_aux=True,
+        microbatch_size=config.microbatch_size,
+    )
 
     def coupled(
         variables: Variables, images: jax.Array, labels: jax.Array
     ) -> Gradients:
-        def loss_fn(params: Params) -> tuple[jax.Array, BatchStats]:
-            return losses_of(params, variables.batch_stats, images, labels)
-
-        losses, pull, batch_stats = jax.vjp(loss_fn, variables.params, has_aux=True)
-        count, size = len(labels), config.microbatch_size
-
-        def add(sums: hardvary.GradStats, rows: jax.Array) -> tuple[Any, None]:
-            """Adds the gradients of the losses that `rows` [size, example] pick."""
-            (grads,) = jax.vmap(pull)(rows)
-            mean = jax.tree.map(
-                lambda total, leaf: total + leaf.sum(0) / count, sums.mean, grads
-            )
-            votes = jax.tree.map(
-                lambda total, leaf: total + _votes(leaf).sum(0), sums.sign_sum, grads
-            )
-            return hardvary.GradStats(mean, votes, num_envs=sums.num_envs), None
-
-        zeros = jax.tree.map(jnp.zeros_like, variables.params)
-        start = hardvary.GradStats(zeros, zeros, num_envs=jnp.float32(count))
-        rows = jnp.eye(count, dtype=losses.dtype).reshape(count // size, size, count)
-        stats, _ = jax.lax.scan(add, start, rows)
+        (losses, batch_stats), grads = oracle(*variables, images, labels)
+        # Whoever compiles this function on its own gets arrays only.
+        stats = jax.tree.map(lambda grad: grad.stats(), grads)
         return Gradients(losses, stats, batch_stats)
 
     return coupled
-
-
-def _votes(grads: jax.Array) -> jax.Array:
-    # As the library has it: a diverged example's vote must not pass for one.
-    return jnp.where(jnp.isfinite(grads), jnp.sign(grads), jnp.nan)
 
 
 def _batch_losses(
@@ -271,31 +255,31 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def apply_mask(
-    config: Settings, threshold: jax.Array, stats: hardvary.GradStats
+    config: Settings, threshold: jax.Array, stats: Any
 ) -> tuple[Params, Kept]:
     """The AND-mask, and what it keeps of each layer.
 
     Weight tensors are layers of their own; scales and offsets of the norms are
     counted together.
+
+    Args:
+      config: says whether to rescale.
+      threshold: of the mask.
+      stats: a tree like the parameters, of `GradStats`.
     """
-    mask = hardvary.and_mask(
+    aggregator = hardvary.and_mask(
         threshold, rescale=config.rescale, max_rescale=config.max_rescale
     )
+    updates, state = aggregator.update(stats, aggregator.init(None))
     kept = dict.fromkeys((*LAYERS, NORMS), jnp.float32(0))
     sizes = dict.fromkeys(kept, 0)
-
-    # One parameter at a time: the mask reports one share for what it is given.
-    def update(path: Any, mean: jax.Array, sign_sum: jax.Array) -> jax.Array:
-        leaf = dataclasses.replace(stats, mean=mean, sign_sum=sign_sum)
-        masked, state = mask.update(leaf, mask.init(mean))
+    mask = hardvary.mask(stats, threshold)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         layer = layer_of(path)
-        kept[layer] = kept[layer] + state.kept_fraction * mean.size
-        sizes[layer] += mean.size
-        return masked
-
-    updates = jax.tree_util.tree_map_with_path(update, stats.mean, stats.sign_sum)
-    overall = sum(kept.values(), jnp.float32(0)) / sum(sizes.values())
-    return updates, Kept(overall, {name: kept[name] / sizes[name] for name in kept})
+        kept[layer] += jnp.sum(leaf, dtype=jnp.float32)
+        sizes[layer] += leaf.size
+    layers = {name: kept[name] / sizes[name] for name in kept}
+    return updates, Kept(state.kept_fraction, layers)
 
 
 def _keep_all(grads: Params) -> tuple[Params, Kept]:

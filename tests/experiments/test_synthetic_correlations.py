@@ -18,6 +18,7 @@ from experiments.synthetic.correlations import (
 from experiments.synthetic.figures import draw_correlations
 from experiments.synthetic.model import Architecture, init_variables, make_apply
 from experiments.synthetic.training import dataset_for, make_keys
+from tests._asserts import field_of
 
 CONFIG = Settings(**PRESETS["smoke"])
 INPUTS = 2 + CONFIG.shortcut_dims
@@ -112,7 +113,7 @@ def test_correlation_of_fewer_than_two_components_is_nan(passed):
 
 
 def test_masked_correlations_at_threshold_0_are_those_of_the_plain_gradients(signals):
-    plain = flat(signals.original.mean)
+    plain = flat(field_of(signals.original, "mean"))
     found = masked_correlations("and", signals, np.zeros(1))
     assert found.kept_fraction == 1
     for actual, signal in (
@@ -124,8 +125,10 @@ def test_masked_correlations_at_threshold_0_are_those_of_the_plain_gradients(sig
 
 
 def test_masked_correlations_drop_what_the_mask_drops(signals):
-    plain, mechanism = flat(signals.original.mean), flat(signals.mechanism)
-    agreement = np.abs(flat(signals.original.sign_sum)) / CONFIG.num_envs
+    plain = flat(field_of(signals.original, "mean"))
+    mechanism = flat(signals.mechanism)
+    votes = flat(field_of(signals.original, "sign_sum"))
+    agreement = np.abs(votes) / CONFIG.num_envs
     for mask, passed in (("and", agreement >= 1), ("xor", agreement < 1)):
         found = masked_correlations(mask, signals, np.ones(1))
         expected = np.corrcoef(plain[passed], mechanism[passed])[0, 1]

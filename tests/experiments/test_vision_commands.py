@@ -109,8 +109,8 @@ def test_batch_norm_smoke_writes_table_and_figure(tmp_path, capsys):
 
 def test_compare_masks_counts_what_passes():
     def stats(votes):
-        mean = {"w": jnp.array([3.0, 4.0, 1.0, 2.0])}
-        return GradStats(mean, {"w": jnp.array(votes)}, num_envs=jnp.float32(10))
+        mean = jnp.array([3.0, 4.0, 1.0, 2.0])
+        return {"w": GradStats(mean, jnp.array(votes), num_envs=jnp.float32(10))}
 
     path, coupled = stats([10.0, -6.0, 0.0, 2.0]), stats([8.0, 0.0, 2.0, 6.0])
     result = compare_masks(path, coupled, 0.5)
