@@ -110,10 +110,12 @@ def weighting(
             key: _hyperparams.per_leaf(key, value, 0, count)[0]
             for key, value in hyperparams.items()
         }
+        # Before anything else: it refuses a GradStats.
+        products = total_gramian(grads)
         present = grads.env_weights()
         if asks:
             given["env_weights"] = present
-        weights = jnp.asarray(rule(total_gramian(grads), **given))
+        weights = jnp.asarray(rule(products, **given))
         if weights.shape != (grads.num_envs,):
             raise ValueError(
                 f"{name}: the rule must return weights of shape ({grads.num_envs},), "
