@@ -17,13 +17,13 @@ from tests._asserts import assert_trees_close, field_of
 from tests._inputs import STATISTICS
 from tests.fused._models import build, check, make_oracle
 from tests.zoo import compile_quickly
+from tests.zoo.blocks import normal
 
 NUM_ENVS = 6
 
 
 def floats(*shape, seed=0):
-    values = np.random.default_rng(seed).normal(size=shape)
-    return jnp.asarray(values.astype(np.float32))
+    return normal(np.random.default_rng(seed), *shape)
 
 
 def shape_of(*shape, dtype=jnp.float32):

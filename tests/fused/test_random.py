@@ -23,6 +23,7 @@ from tests.zoo import (
     fields_by_path,
     poison,
 )
+from tests.zoo.blocks import floats, normal
 
 METHOD = "fused"
 WIDTHS = st.sampled_from([1, 2, 3, 4])
@@ -51,7 +52,7 @@ class Builder:
     def param(self, *shape, fan_in=1):
         name = f"p{len(self.params)}"
         values = self.rng.normal(size=shape) / math.sqrt(max(fan_in, 1))
-        self.params[name] = jnp.asarray(values, jnp.float32)
+        self.params[name] = floats(values)
         return name
 
     def add(self, name, layer):
@@ -380,7 +381,7 @@ def networks(draw):
     if not build.params:
         dense(build)
     decayed = draw(st.sampled_from([None, *build.params]))
-    target = jnp.asarray(rng.normal(size=build.shape), jnp.float32)
+    target = normal(rng, *build.shape)
     single_row = draw(st.booleans())
 
     def loss_fn(params, x):
@@ -392,7 +393,7 @@ def networks(draw):
             loss = loss + 0.1 * jnp.sum(jnp.square(params[decayed]))
         return loss
 
-    batch = jnp.asarray(rng.normal(size=(num_envs, *shape)), jnp.float32)
+    batch = normal(rng, num_envs, *shape)
     names = [f"{num_envs} environments of {shape}", *build.names]
     return build.params, loss_fn, batch, [*names, f"decayed {decayed}"]
 

@@ -70,7 +70,8 @@ def language_model_loss(p, tokens, block=transformer_block, head=None):
 
 @model
 def transformer_with_tied_embedding(rng):
-    return transformer_params(rng), language_model_loss, ids(rng, 7, 2, 6)
+    # One block: several are in the models of scanned layers and of NNX.
+    return transformer_params(rng, layers=1), language_model_loss, ids(rng, 7, 2, 6)
 
 
 @model

@@ -12,8 +12,8 @@ from tests.zoo.model import NUM_ENVS
 
 
 def floats(values, dtype=jnp.float32):
-    # Cast by NumPy: JAX would compile a cast for every shape.
-    return jnp.asarray(np.asarray(values, dtype))
+    # `jnp.asarray` would compile a program for every shape.
+    return jax.device_put(np.asarray(values, dtype))
 
 
 def normal(rng, *shape, dtype=jnp.float32):
@@ -31,7 +31,7 @@ def inputs(rng, *shape, num_envs=NUM_ENVS):
 
 def ids(rng, high, *shape, low=0):
     values = rng.integers(low, high, size=(NUM_ENVS, *shape))
-    return jnp.asarray(np.asarray(values, np.int32))
+    return jax.device_put(np.asarray(values, np.int32))
 
 
 def pairs(rng, x_shape, y_shape):

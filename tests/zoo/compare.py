@@ -148,36 +148,24 @@ def fields_by_path(stats, params):
     Fields that are None are left out.
 
     Args:
-      stats: a `GradStats` of trees like params, or a tree like params of `GradStats`.
+      stats: a tree like params of `GradStats`.
       params: what the statistics are of.
     """
-    structure = jax.tree.structure(params)
+    leaves, structure = jax.tree.flatten(
+        stats, is_leaf=lambda node: isinstance(node, GradStats)
+    )
+    assert structure == jax.tree.structure(params)
     paths = [
         jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)
     ]
-    if isinstance(stats, GradStats):
-        fields = [{"num_envs": stats.num_envs} for _ in paths]
-        for name in FIELDS.values():
-            tree = getattr(stats, name, None)
-            if tree is None:
-                continue
-            assert jax.tree.structure(tree) == structure, name
-            for of_path, leaf in zip(fields, jax.tree.leaves(tree), strict=True):
-                of_path[name] = leaf
-    else:
-        leaves, found = jax.tree.flatten(
-            stats, is_leaf=lambda node: isinstance(node, GradStats)
-        )
-        assert found == structure
-        fields = [
-            {
-                name: getattr(leaf, name)
-                for name in ("num_envs", *FIELDS.values())
-                if getattr(leaf, name, None) is not None
-            }
-            for leaf in leaves
-        ]
-    return dict(zip(paths, fields, strict=True))
+    return {
+        path: {
+            name: getattr(leaf, name)
+            for name in ("num_envs", *FIELDS.values())
+            if getattr(leaf, name) is not None
+        }
+        for path, leaf in zip(paths, leaves, strict=True)
+    }
 
 
 # --------------------------------------------------------------------------------------
@@ -326,6 +314,6 @@ def poison(batch, env):
             return values
         values = np.array(values)
         values[env] = np.nan
-        return jnp.asarray(values)
+        return jax.device_put(values)
 
     return jax.tree.map(leaf, batch)
