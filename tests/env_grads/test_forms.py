@@ -197,7 +197,7 @@ def test_threshold_in_any_shape_is_the_constant(name):
         made["tree of traced"] = {"dense": traced, "scale": 0.5, "none": traced}
         return {
             form: {key: update(value, form) for key, value in made.items()}
-            for form in FORMS
+            for form in (FORMS if name == "and_mask" else ("stacked",))
         }
 
     for of_form in run(grads, 0.5).values():
@@ -276,13 +276,12 @@ def unanimous_kinds(num_envs):
     }
 
 
-@pytest.mark.parametrize("num_envs", [1, 2, 3, 7, 10, 100, 1000, 10_000])
+@pytest.mark.parametrize("num_envs", [1, 3, 7, 100, 1000, 10_000])
 def test_unanimity_of_any_weights_passes_at_threshold_one(num_envs):
     # One component of each sign, one without a dissenter, one with the least heavy.
     kinds = unanimous_kinds(num_envs)
-    size = {1: 1, 2: 1, 3: 1}.get(num_envs, max(num_envs // 10, 1))
+    size = num_envs // 10 if num_envs > 10 else 1
     sizes = {**METHODS["fused in parts"], "microbatch_size": size}
-    sizes["microbatch_size"] = next(s for s in range(size, 0, -1) if num_envs % s == 0)
 
     def loss_fn(params, x):
         # A product, and a stack.
@@ -335,14 +334,17 @@ def test_unanimity_of_any_weights_passes_at_threshold_one(num_envs):
 def test_a_dissenter_of_noticeable_weight_does_not_pass_at_threshold_one(num_envs):
     weights = unanimous_kinds(num_envs)
     # Twice the share of a dissenter is what the agreement lacks.
-    weights = {k: w for k, w in weights.items() if 2 * w.min() / w.sum() > 1e-4}
-    assert weights
-    for w in weights.values():
-        grads = np.ones((num_envs, 1), np.float32)
-        grads[np.argmin(w)] = -1
-        held = jnp.asarray(grads)
-        kept = hardvary.mask(held, 1.0, env_weights=w.astype(np.float32))
-        assert not bool(kept[0])
+    weights = [w for w in weights.values() if 2 * w.min() / w.sum() > 1e-4]
+    weights = np.stack(weights).astype(np.float32)
+    grads = np.ones((*weights.shape, 1), np.float32)
+    grads[np.arange(len(weights)), weights.argmin(1)] = -1
+
+    @compile_quickly
+    @jax.vmap
+    def run(grads, weights):
+        return hardvary.mask(grads, 1.0, env_weights=weights)
+
+    assert not np.any(run(grads, weights))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -110,8 +110,6 @@ def cast(tree, dtype):
         "dense_one_row",
         "conv_2d_depthwise",
         "embedding_repeated_ids",
-        "layer_norm",
-        "gru_by_scan",
     ],
 )
 @pytest.mark.parametrize(
