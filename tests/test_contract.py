@@ -1,4 +1,4 @@
-"""What every public transformation owes its users (issue check f).
+"""The contract of every public transformation.
 
 One suite over all of them: a new transformation joins by an entry in CASES.
 """

@@ -1,6 +1,6 @@
 """Bad input raises, and says which argument, what it was and how to mend it.
 
-Every line of the design's list that concerns the library (issue check h). Messages
+Every line of the design's list that concerns the library. Messages
 are matched on the argument, the value received and the mend.
 """
 

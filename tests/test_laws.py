@@ -1,4 +1,4 @@
-"""Laws that hold for all gradients (issue check g)."""
+"""Laws that hold for all gradients."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The temporal AND-mask against Algorithm 1 written as a NumPy loop (issue check e)."""
+"""The temporal AND-mask against Algorithm 1 written as a NumPy loop."""
 
 import dataclasses
 import functools

@@ -170,8 +170,8 @@ def read(
 
     Raises:
       TypeError: gradients that are not real floating, forms that are mixed.
-      ValueError: trees or shapes that do not match, everything else that DESIGN asks
-        of stacked gradients, env_weights beside another form.
+      ValueError: trees or shapes that do not match, stacked gradients without an
+        environment axis or that disagree on it, env_weights beside another form.
     """
     leaves, treedef = jax.tree.flatten(grads, is_leaf=is_leaf)
     kinds = {type(leaf) if is_leaf(leaf) else jax.Array for leaf in leaves}

@@ -54,6 +54,9 @@ class _Rows(Source):
         return sums
 
     def combine(self, weights: st.EnvWeights) -> list[jax.Array]:
+        if self._losses.dtype != weights.values.dtype:
+            # Cotangents are in the losses' dtype, which may not hold the weights.
+            return super().combine(weights)
         # One more backward pass, whatever the number of environments. An absent one
         # keeps its place in the others' losses.
         leaves = self._row(weights.values)

@@ -1,4 +1,4 @@
-"""Agreement with the routine that the paper's authors published (issue check c).
+"""Agreement with the routine that the paper's authors published.
 
 The file is described in tests/golden/README.md.
 """

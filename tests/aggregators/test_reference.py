@@ -1,7 +1,7 @@
 """Agreement with a second implementation: a plain NumPy loop over environments.
 
 float64, one component at a time where that is plainer; written from the formulas of
-the paper and shares nothing with the library (issue check g).
+the paper and shares nothing with the library.
 """
 
 import jax

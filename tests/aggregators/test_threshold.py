@@ -1,4 +1,4 @@
-"""The comparison with the threshold is exact where they tie (issue check d).
+"""The comparison with the threshold is exact where they tie.
 
 `jnp.mean(jnp.sign(g)) >= k / d` loses hundreds of these ties to rounding.
 """

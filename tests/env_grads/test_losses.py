@@ -307,7 +307,6 @@ def test_gradients_of_losses_of_bad_arguments_are_refused():
         make(argnums=2)(jnp.ones(3), jnp.ones((4, 3)))
 
 
-@pytest.mark.xfail(reason="the weights take the dtype of the losses")
 @pytest.mark.parametrize(("dtype", "scale"), [("bfloat16", 1.0), ("float16", 1e6)])
 def test_combination_of_losses_in_half_precision_keeps_its_weights(dtype, scale):
     x = normal(50, 3)
