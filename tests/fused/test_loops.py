@@ -1,4 +1,4 @@
-"""Loops: what a loop's body uses by operations without a rule is copied outside of it."""
+"""Loops: what every step uses by an operation without a rule is copied outside."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ def cell_backward(residuals, g):
 cell.defvjp(lambda w, h, x: (cell(w, h, x), (w, h, cell(w, h, x))), cell_backward)
 
 
-def over(step, x, carry=None):
+def over(step, x):
     """The last state of a loop over `x`."""
     return lax.scan(lambda h, x: (step(h, x), None), jnp.zeros(WIDTH), x)[0]
 

@@ -1,0 +1,304 @@
+"""Kernel gradients of convolutions of every form, and what they cost."""
+
+import math
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+
+import hardvary
+from hardvary.fused.rules.convolution import PIECES, kernel_gradient
+from tests.fused._stacked import assert_equals_stacked, floats
+from tests.zoo import compile_quickly
+
+LAST = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC")}
+LAST[3] = ("NHWDC", "HWDIO", "NHWDC")
+FIRST = {1: ("NCH", "OIH", "NCH"), 2: ("NCHW", "OIHW", "NCHW")}
+FIRST[3] = ("NCHWD", "OIHWD", "NCHWD")
+
+
+def convolve(x, kernel, strides, padding, features_last=True, **settings):
+    layout = (LAST if features_last else FIRST)[x.ndim - 2]
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=layout, **settings
+    )
+
+
+def check(x, kernel, *args, **settings):
+    """Holds `kernel_gradient` to JAX's own."""
+
+    def run(kernel):
+        return convolve(x, kernel, *args, **settings)
+
+    (eqn,) = jax.make_jaxpr(run)(kernel).eqns
+    shape = eqn.outvars[0].aval.shape
+    cotangent = floats(*shape, seed=2).astype(eqn.outvars[0].aval.dtype)
+    if jnp.issubdtype(cotangent.dtype, jnp.complexfloating):
+        cotangent = cotangent * (1 + 0.5j)
+
+    @compile_quickly
+    def both(x, kernel, cotangent):
+        _, vjp = jax.vjp(lambda kernel: convolve(x, kernel, *args, **settings), kernel)
+        actual = kernel_gradient(x, cotangent, eqn.params, kernel.shape)
+        return actual, vjp(cotangent)[0]
+
+    actual, expected = both(x, kernel, cotangent)
+    assert actual.shape == kernel.shape
+    scale = np.abs(expected).max(initial=1)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale)
+    return shape
+
+
+# name: (input's space, window, strides, padding, further settings)
+FORMS = {
+    "patches": ((8, 8), (2, 2), (2, 2), "VALID", {}),
+    "patches_of_an_uneven_image": ((9, 7), (3, 2), (3, 2), "VALID", {}),
+    "patches_padded": ((7, 7), (3, 3), (3, 3), "SAME", {}),
+    "patches_apart": ((11, 11), (2, 3), (4, 4), [(1, 2), (0, 1)], {}),
+    "patches_in_groups": ((8, 8), (4, 4), (4, 4), "VALID", {"groups": 2}),
+    "patches_of_a_dilated_window": ((9,), (2,), (3,), "VALID", {"rhs_dilation": (2,)}),
+    "patches_of_a_dilated_input": ((5,), (3,), (3,), [(0, 0)], {"lhs_dilation": (2,)}),
+    "patches_cropped": ((12, 12), (3, 3), (3, 3), [(-2, -1), (-1, 0)], {}),
+    "patches_along_one_axis": ((12, 9), (4, 3), (4, 1), "SAME", {}),
+    "one_place": ((5, 5), (1, 1), (2, 2), "VALID", {}),
+    "whole_image": ((5, 4), (5, 4), (1, 1), "VALID", {}),
+    "small_window": ((6, 6), (3, 3), (1, 1), "SAME", {}),
+    "small_window_strided": ((7, 7), (3, 3), (2, 2), "SAME", {}),
+    "large_window": ((8, 8), (5, 4), (1, 1), "SAME", {}),
+    "large_window_strided": ((9, 9), (5, 5), (2, 3), "SAME", {}),
+    "large_window_in_groups": ((6, 6), (4, 4), (1, 1), "SAME", {"groups": 3}),
+    "large_window_dilated": (
+        (9, 8),
+        (4, 3),
+        (1, 2),
+        [(5, 4), (2, 3)],
+        {"rhs_dilation": (2, 2), "lhs_dilation": (1, 3)},
+    ),
+    "large_window_cropped": ((12, 12), (4, 4), (1, 1), [(-2, -1), (3, -3)], {}),
+    "long_filter": ((40,), (23,), (1,), "SAME", {}),
+    "longer_than_the_sequence": ((5,), (17,), (1,), "SAME", {}),
+    "three_axes": ((4, 5, 4), (3, 3, 3), (1, 1, 1), "SAME", {}),
+    "three_axes_of_patches": ((4, 4, 6), (2, 2, 3), (2, 2, 3), "VALID", {}),
+}
+
+
+@pytest.mark.parametrize("features_last", [True, False], ids=["last", "first"])
+@pytest.mark.parametrize("name", FORMS)
+def test_kernel_gradient_equals_that_of_jax(name, features_last):
+    space, window, strides, padding, settings = FORMS[name]
+    settings = dict(settings)
+    groups = settings.pop("groups", 1)
+    x, kernel = inputs(space, window, groups, 2, 2 * groups, features_last)
+    shape = check(
+        x,
+        kernel,
+        strides,
+        padding,
+        features_last,
+        feature_group_count=groups,
+        **settings,
+    )
+    assert 0 not in shape
+
+
+def inputs(space, window, groups, per_group, out, features_last, rows=2):
+    features = groups * per_group
+    if features_last:
+        x, kernel = (rows, *space, features), (*window, per_group, out)
+    else:
+        x, kernel = (rows, features, *space), (out, per_group, *window)
+    return floats(*x), floats(*kernel, seed=1)
+
+
+@st.composite
+def convolutions(draw):
+    rank = draw(st.integers(1, 3))
+    most = {1: 20, 2: 6, 3: 4}[rank]
+    window = tuple(draw(st.integers(1, most)) for _ in range(rank))
+    settings = {
+        "strides": tuple(draw(st.sampled_from([1, 1, 2, w, w + 1])) for w in window),
+        "padding": draw(st.sampled_from(["SAME", "VALID", None])),
+        "rhs_dilation": tuple(draw(st.integers(1, 2)) for _ in window),
+    }
+    if settings["padding"] is None:
+        ends = st.integers(-2, 4)
+        settings["padding"] = [(draw(ends), draw(ends)) for _ in window]
+        settings["lhs_dilation"] = tuple(draw(st.integers(1, 3)) for _ in window)
+    settings["feature_group_count"] = groups = draw(st.integers(1, 3))
+    space = tuple(draw(st.integers(1, most + 3)) for _ in window)
+    settings["features_last"] = draw(st.booleans())
+    out = groups * draw(st.integers(1, 2))
+    x, kernel = inputs(
+        space, window, groups, draw(st.integers(1, 2)), out, settings["features_last"]
+    )
+    return x, kernel, settings
+
+
+@given(convolutions())
+def test_kernel_gradient_of_a_random_convolution_equals_that_of_jax(drawn):
+    x, kernel, settings = drawn
+    check(x, kernel, settings.pop("strides"), settings.pop("padding"), **settings)
+
+
+# What it costs.
+
+
+def counted(jaxpr):
+    """Equations of a jaxpr, those inside included, and entries of its largest array."""
+    sizes = [math.prod(var.aval.shape) for eqn in jaxpr.eqns for var in eqn.outvars]
+    inner = [counted(inner) for inner in jex.subjaxprs(jaxpr)]
+    return (
+        len(jaxpr.eqns) + sum(number for number, _ in inner),
+        max([*sizes, *(size for _, size in inner)], default=0),
+    )
+
+
+def cost(space, window, strides, features=(3, 8)):
+    inside, out = features
+    x = jax.ShapeDtypeStruct((2, *space, inside), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((*window, inside, out), jnp.float32)
+
+    def run(kernel, x):
+        return convolve(x, kernel, strides, "SAME")
+
+    (eqn,) = jax.make_jaxpr(run)(kernel, x).eqns
+    cotangent = eqn.outvars[0].aval
+    jaxpr = jax.make_jaxpr(
+        lambda x, g: kernel_gradient(x, g, eqn.params, kernel.shape)
+    )(x, cotangent).jaxpr
+    number, largest = counted(jaxpr)
+    return number, largest / max(
+        math.prod(leaf.shape) for leaf in (x, kernel, cotangent)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [
+        ("patches", [(4, 4), (16, 16), (32, 32)]),
+        ("large", [(4, 4), (7, 7), (16, 16)]),
+        ("long", [(64,), (512,)]),
+    ],
+)
+def test_program_of_a_convolution_does_not_grow_with_its_window(name, windows):
+    costs = [
+        cost(
+            (1024,) if name == "long" else (64, 64),
+            window,
+            window if name == "patches" else (1,) * len(window),
+        )
+        for window in windows
+    ]
+    numbers = [number for number, _ in costs]
+    assert max(numbers) <= min(numbers) + PIECES
+    assert max(numbers) <= 100
+    # Nor is there an array of many times the layer.
+    limit = 1.5 if name == "patches" else PIECES + 1
+    assert max(size for _, size in costs) <= limit
+
+
+# Through the oracle.
+
+
+@pytest.mark.parametrize(
+    ("window", "strides"),
+    [((4, 4), (4, 4)), ((5, 5), (1, 1)), ((3, 3), (2, 2))],
+    ids=["patches", "large", "small"],
+)
+def test_gradients_of_a_convolution_by_the_scan_rule(window, strides):
+    def loss(kernel, x):
+        return jnp.mean(jnp.sin(convolve(x, kernel, strides, "SAME")))
+
+    assert_equals_stacked(loss, floats(*window, 2, 3), floats(4, 1, 8, 8, 2, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "dilation"),
+    [(3, 3, 1, 2), (3, 3, 2, 2), (1, 3, 2, 1), (5, 3, 1, 3), (0, 3, 1, 1)],
+)
+@pytest.mark.parametrize("loops", [False, True], ids=["plain", "loop"])
+def test_convolution_without_output_has_no_gradient(
+    size, window, stride, dilation, loops
+):
+    def run(x, kernel):
+        return convolve(x, kernel, (stride,), "VALID", rhs_dilation=(dilation,))
+
+    def loss(p, x):
+        if loops:
+            out = lax.scan(lambda c, k: (c, run(x, k)), 0.0, p["kernel"][None])[1]
+        else:
+            out = run(x, p["kernel"])
+        assert out.size == 0
+        return jnp.sum(jnp.sin(out)) + jnp.sum(x) * p["scale"] + p["scale"]
+
+    params = {"kernel": floats(window, 2, 3), "scale": jnp.float32(1)}
+    grads = assert_equals_stacked(loss, params, floats(3, 1, size, 2, seed=1))
+    assert not np.any(grads["kernel"])
+    (row, _) = hardvary.explain(loss, params, floats(3, 1, size, 2)).parameters
+    assert row.rule == "unused"
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel"),
+    [
+        ((1, 0, 2), (3, 2, 3)),  # all of the output is padding
+        ((1, 5, 0), (3, 0, 3)),
+        ((1, 5, 2), (3, 2, 0)),
+        ((0, 5, 2), (3, 2, 3)),
+    ],
+    ids=["no_space", "no_inputs", "no_features", "no_examples"],
+)
+def test_convolution_of_nothing_has_no_gradient(x, kernel):
+    def loss(p, x):
+        out = convolve(x, p["kernel"], (1,), [(3, 3)])
+        return jnp.sum(jnp.cos(out)) + p["scale"] * (1 + jnp.sum(x))
+
+    params = {"kernel": floats(*kernel), "scale": jnp.float32(2)}
+    assert_equals_stacked(loss, params, floats(4, *x, seed=1))
+
+
+# Complex values on the way.
+
+
+@pytest.mark.parametrize("name", ["small_window", "patches", "large_window"])
+def test_kernel_gradient_of_complex_values_equals_that_of_jax(name):
+    space, window, strides, padding, _ = FORMS[name]
+    x, kernel = inputs(space, window, 1, 2, 2, True)
+    x, kernel = lax.complex(x, jnp.sin(x)), lax.complex(kernel, jnp.cos(kernel))
+    check(x, kernel, strides, padding)
+
+
+@pytest.mark.parametrize("real", ["kernel", "both"])
+def test_gradients_of_a_complex_convolution(real):
+    def loss(w, x):
+        field = x.astype(jnp.complex64) * jnp.exp(0.7j * x)
+        kernel = w.astype(jnp.complex64)
+        if real == "both":
+            kernel = lax.complex(w, jnp.flip(w, 0))
+        return jnp.mean(jnp.square(jnp.abs(convolve(field, kernel, (1, 1), "SAME"))))
+
+    w, x = floats(3, 3, 2, 3), floats(6, 1, 5, 5, 2, seed=1)
+    with jax.numpy_dtype_promotion("standard"):
+        assert_equals_stacked(loss, w, x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_kernel_gradient_of_half_precision_is_summed_in_float32(dtype):
+    x, kernel = inputs((6, 6), (3, 3), 1, 2, 2, True)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    (eqn,) = jax.make_jaxpr(lambda k: convolve(x, k, (1, 1), "SAME"))(kernel).eqns
+    cotangent = jnp.ones(eqn.outvars[0].aval.shape, dtype)
+    actual = kernel_gradient(x, cotangent, eqn.params, kernel.shape)
+    assert actual.dtype == jnp.float32
+    wide = kernel_gradient(
+        x.astype(jnp.float32),
+        cotangent.astype(jnp.float32),
+        eqn.params,
+        kernel.shape,
+    )
+    np.testing.assert_array_equal(actual, wide)
