@@ -10,6 +10,7 @@ from hardvary.fused.equations import (
     INLINED,
     REMAT,
     consts_of,
+    has_references,
     open_jaxpr,
     scan_counts,
 )
@@ -107,6 +108,8 @@ class _Search:
         self, eqn: Any, inputs: list[Kind], live: Sequence[bool]
     ) -> list[Kind]:
         name, params = eqn.primitive.name, eqn.params
+        if has_references(eqn):
+            return self._whole(eqn, inputs, live)
         if name in INLINED or name in REMAT or name in CUSTOM_RULES:
             key = "call_jaxpr" if "call_jaxpr" in params else "jaxpr"
             if key in params:
@@ -122,6 +125,9 @@ class _Search:
             return self._loop(
                 eqn, params["body_jaxpr"], inputs[before:], consts, len(live), live
             )
+        return self._whole(eqn, inputs, live)
+
+    def _whole(self, eqn: Any, inputs: list[Kind], live: Sequence[bool]) -> list[Kind]:
         together = _join(inputs)
         if together is Kind.PARAM and any(live) and self._axes & axes_of(eqn):
             self.found.append(eqn)

@@ -83,6 +83,11 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def has_references(eqn: Any) -> bool:
+    """Whether an equation holds mutable references (`jax.new_ref`) of its own."""
+    return any("MutableArray" in type(effect).__name__ for effect in eqn.effects)
+
+
 def inexact(aval: Any) -> bool:
     dtype = getattr(aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)

@@ -10,7 +10,14 @@ from typing import Any
 
 import jax.extend.core as jex
 
-from hardvary.fused.equations import INLINED, REMAT, inexact, open_jaxpr, scan_counts
+from hardvary.fused.equations import (
+    INLINED,
+    REMAT,
+    has_references,
+    inexact,
+    open_jaxpr,
+    scan_counts,
+)
 
 # Operations on floating-point numbers whose derivative is zero everywhere.
 FLAT = (
@@ -57,6 +64,9 @@ class Liveness:
         name, params = eqn.primitive.name, eqn.params
         if name in FLAT or not any(outputs):
             return [False] * len(eqn.invars)
+        if has_references(eqn):
+            # What is written to one comes out where it is read.
+            return [True] * len(eqn.invars)
         if name in INLINED or name in REMAT:
             return self._inside(params[INLINED.get(name, "jaxpr")], outputs)
         if name == "cond":

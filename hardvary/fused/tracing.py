@@ -16,6 +16,7 @@ from hardvary.fused.equations import (
     INLINED,
     REMAT,
     consts_of,
+    has_references,
     open_jaxpr,
     scan_counts,
 )
@@ -23,7 +24,6 @@ from hardvary.fused.liveness import Liveness
 from hardvary.fused.loops import Loop, fixed_inputs
 from hardvary.fused.program import (
     Atom,
-    Bindings,
     Constant,
     Kind,
     Program,
@@ -31,9 +31,7 @@ from hardvary.fused.program import (
     Value,
     kind_of,
 )
-from hardvary.fused.uses import Copy, Operation, Use
-
-__all__ = ["Bindings", "Kind", "Program", "Use", "Value", "build", "on_cpu"]
+from hardvary.fused.uses import Copy, Operation
 
 # Operations whose gradient one can take by themselves, environment by environment.
 OPERATIONS = (
@@ -235,17 +233,3 @@ class _Builder:
             copied.append((site.output, self.copy(known[site.value], site.reason)))
             body.steps.remove(site)
         return copied
-
-
-def has_references(eqn: Any) -> bool:
-    """Whether an equation holds mutable references (`jax.new_ref`) of its own."""
-    return any("MutableArray" in type(effect).__name__ for effect in eqn.effects)
-
-
-def on_cpu() -> bool:
-    """Whether computations go to a CPU unless told otherwise.
-
-    Results do not depend on it: it picks the faster of two ways, and is asked while
-    tracing so that only that one is traced.
-    """
-    return jax.default_backend() == "cpu"
