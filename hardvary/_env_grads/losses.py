@@ -30,7 +30,8 @@ class _Rows(Source):
         self._num_parts = self.num_envs // microbatch_size
 
     def _rows(self, cotangents: jax.Array) -> list[jax.Array]:
-        return [grad for grad in jax.vmap(self._row)(cotangents)]
+        rows: list[jax.Array] = jax.vmap(self._row)(cotangents)
+        return rows
 
     def _row(self, cotangent: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(self._pull(cotangent.astype(self._losses.dtype)))
@@ -88,8 +89,9 @@ def value_and_env_grads_of_losses(
       losses_fn: `losses_fn(params, batch) -> losses`, real `[env]`.
       argnums: which positional arguments are parameters, as in `jax.grad`.
       has_aux: whether `losses_fn` returns `(losses, aux)`.
-      microbatch_size: rows taken at once, a divisor of their number: more are faster
-        and need more memory.
+      microbatch_size: rows taken at once, a divisor of their number. More need more
+        memory. Fewer than all of them go through a loop, in which XLA's convolutions on
+        CPU are slow.
 
     Returns:
       A function `(*args, env_weights=None, **kwargs)` that returns
