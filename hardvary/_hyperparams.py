@@ -13,8 +13,7 @@ import jax
 from jax.typing import ArrayLike
 
 from hardvary import _validate
-
-PyTree = Any
+from hardvary._typing import PyTree
 
 _Path = tuple[Any, ...]
 
@@ -69,7 +68,7 @@ def per_leaf(
     name: str,
     value: PyTree,
     tree: PyTree,
-    count: ArrayLike,
+    count: ArrayLike | None,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> list[ArrayLike]:
     """Returns a number for every leaf of `tree`, in the order of `jax.tree.leaves`.
@@ -79,7 +78,7 @@ def per_leaf(
       value: a scalar, a schedule or a tree of these.
       tree: shaped like params. Parts of it without leaves, such as None or an
         `optax.MaskedNode`, fit whatever stands there in `value`.
-      count: number of updates so far, handed to schedules.
+      count: number of updates so far, handed to schedules; None if there are none.
       is_leaf: which nodes of `tree` are leaves, as in `jax.tree.leaves`.
 
     Raises:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from hardvary._typing import PyTree
 
 
 def concrete_value(value: Any) -> float | None:
@@ -28,17 +28,6 @@ def scalar(name: str, value: Any, *, rule: str) -> None:
         raise TypeError(f"{name} must be a real scalar {rule}, got {value!r}")
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be a real scalar {rule}, got {value!r}")
-
-
-def in_unit_interval(name: str, value: Any) -> None:
-    """Raises unless a (possibly traced) scalar lies in [0, 1]."""
-    scalar(name, value, rule="in [0, 1]")
-    number = concrete_value(value)
-    if number is not None and not 0.0 <= number <= 1.0:
-        raise ValueError(
-            f"{name} must lie in [0, 1] (0 keeps every component, 1 asks for "
-            f"unanimity), got {number}"
-        )
 
 
 def decay_rate(name: str, value: Any) -> None:

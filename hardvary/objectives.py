@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import _validate
-
-PyTree = Any
+from hardvary._typing import PyTree
 
 __all__ = ["irm_penalty", "reverse_gradient", "vrex_penalty"]
 

@@ -256,3 +256,21 @@ def test_value_and_grad_stats_of_an_explicitly_sharded_batch_with_weights_and_au
             env_weights=jax.device_put(weights, sharding),
         )
     assert_trees_close(actual, oracle(params, batch, env_weights=weights))
+
+
+@every_method
+def test_parameters_that_differ_between_devices_are_refused_by_every_method(
+    mesh, batch, method
+):
+    rows = jnp.arange(8.0)
+
+    def gathered(row, x):
+        whole = jax.lax.all_gather(row, "env", axis=0, tiled=True)
+        return jnp.mean(x) * jnp.sum(whole**2)
+
+    def run(row, batch):
+        oracle = hardvary.grad_stats(gathered, method=method, axis_name="env")
+        return oracle(row, batch).sign_sum
+
+    with pytest.raises(ValueError, match="collects parameters over the axis 'env'"):
+        over_devices(run, mesh, (P("env"), P("env")), True)(rows, batch)

@@ -43,8 +43,11 @@ class Gradients:
     @property
     def dtypes(self) -> list[Any]:
         """Of the parameters, as far as the form knows them."""
+        # Not the dtype as it is: NumPy's may be one that JAX does not have.
         return [
-            jnp.result_type(_first(leaf)) if isinstance(leaf, GradStats) else leaf.dtype
+            leaf.dtype
+            if isinstance(leaf, EnvGrad)
+            else jnp.result_type(_first(leaf) if isinstance(leaf, GradStats) else leaf)
             for leaf in self.leaves
         ]
 

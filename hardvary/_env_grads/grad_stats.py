@@ -14,7 +14,7 @@ from hardvary._env_grads.problem import InAxes, Problem, check_arguments
 from hardvary._env_grads.stacked import value_and_stacked
 from hardvary._typing import AxisName, PyTree
 from hardvary.fused.rules import sum_over_envs as fused_sums
-from hardvary.fused.traced import Traced
+from hardvary.fused.traced import Traced, check_collectives
 
 METHODS = ("fused", "scan", "vmap")
 StatName = Literal["mean", "sign", "square", "log_abs", "abs", "nonzero"]
@@ -337,6 +337,14 @@ def value_and_grad_stats(
                 # together.
                 problem.batch = [sharding.gather(leaf) for leaf in problem.batch]
                 axes = ()
+        elif axis_name is not None:
+            check_collectives(
+                problem.loss,
+                problem.params,
+                problem.batch,
+                env_axis_name,
+                sharding.names_of(axis_name),
+            )
         ordered, total, (losses, aux) = everywhere(problem, values, axes)
         sums = dict(zip(st.summed(wanted, values is not None), ordered, strict=True))
         fields = st.finish(sums, wanted, total)

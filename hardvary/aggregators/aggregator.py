@@ -33,6 +33,19 @@ class AggregatorState(NamedTuple):
     mask_count: Any = None
 
 
+def initial_state(scheduled: bool) -> AggregatorState:
+    """The state before the first update, with a count if schedules need one."""
+    count = jnp.zeros((), jnp.int32) if scheduled else None
+    return AggregatorState(jnp.zeros((), jnp.float32), count)
+
+
+def next_state(kept_fraction: jax.Array, count: Any) -> AggregatorState:
+    """The state after an update; `count` is None where nothing counts."""
+    return AggregatorState(
+        kept_fraction, None if count is None else optax.safe_increment(count)
+    )
+
+
 def aggregator(
     rule: Rule,
     *,
@@ -122,10 +135,7 @@ def build(
 
     def init_fn(params: PyTree) -> AggregatorState:
         del params
-        return AggregatorState(
-            kept_fraction=jnp.zeros((), jnp.float32),
-            mask_count=jnp.zeros((), jnp.int32) if scheduled else None,
-        )
+        return initial_state(scheduled)
 
     def factor(kept: jax.Array, size: int) -> jax.Array:
         value = jnp.where(kept > 0, size / jnp.where(kept > 0, kept, 1), 0)
@@ -158,7 +168,7 @@ def build(
     ) -> tuple[PyTree, AggregatorState]:
         del extra_args
         grads = forms.read(updates, name, params, env_weights, axis_name)
-        count = state.mask_count if scheduled else 0
+        count = state.mask_count if scheduled else None
         values = {
             key: _hyperparams.per_leaf(key, value, updates, count, forms.is_leaf)
             for key, value in hyperparams.items()
@@ -173,9 +183,7 @@ def build(
         kept = sum((kept for _, kept in results), jnp.zeros((), jnp.float32))
         return (
             grads.unflatten([update for update, _ in results]),
-            AggregatorState(
-                kept / max(size, 1), optax.safe_increment(count) if scheduled else None
-            ),
+            next_state(kept / max(size, 1), count),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -11,7 +11,11 @@ from hardvary import _hyperparams
 from hardvary._env_grads import forms
 from hardvary._env_grads.products import total_gramian
 from hardvary._typing import AxisName, PyTree
-from hardvary.aggregators.aggregator import AggregatorState
+from hardvary.aggregators.aggregator import (
+    AggregatorState,
+    initial_state,
+    next_state,
+)
 
 
 def weighting(
@@ -84,10 +88,7 @@ def weighting(
 
     def init_fn(params: PyTree) -> AggregatorState:
         del params
-        return AggregatorState(
-            kept_fraction=jnp.zeros((), jnp.float32),
-            mask_count=jnp.zeros((), jnp.int32) if scheduled else None,
-        )
+        return initial_state(scheduled)
 
     def update_fn(
         updates: PyTree,
@@ -99,11 +100,8 @@ def weighting(
     ) -> tuple[PyTree, AggregatorState]:
         del extra_args
         grads = forms.read(updates, name, params, env_weights, axis_name)
-        count = state.mask_count if scheduled else 0
-        new_state = AggregatorState(
-            jnp.ones((), jnp.float32),
-            optax.safe_increment(count) if scheduled else None,
-        )
+        count = state.mask_count if scheduled else None
+        new_state = next_state(jnp.ones((), jnp.float32), count)
         if not grads.leaves:
             return updates, new_state
         given = {

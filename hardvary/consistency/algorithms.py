@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import _validate
-from hardvary._validate import PyTree
+from hardvary._typing import PyTree
 
 
 class ILC(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _validate
-from hardvary._validate import PyTree
+from hardvary._typing import PyTree
 from hardvary.consistency.walk import Found, Search
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hardvary._validate import PyTree
+from hardvary._typing import PyTree
 
 # Points on a ray, each this factor further out than the one before it.
 RAY_POINTS = 24

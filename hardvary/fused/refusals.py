@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-PyTree = Any
+from hardvary._typing import PyTree
 
 # Faults of the machine or found by a debugger, not of the program.
 _OF_RUNNING = (jax.errors.JaxRuntimeError, FloatingPointError, MemoryError)

@@ -8,13 +8,13 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from hardvary._typing import PyTree
 from hardvary.fused.collectives import refuse_mixed_parameters
 from hardvary.fused.equations import as_array
 from hardvary.fused.program import Bindings, Kind, Value
 from hardvary.fused.refusals import naming_the_way_out, refuse_side_effects
 from hardvary.fused.tracing import build
 
-PyTree = Any
 LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
 
 

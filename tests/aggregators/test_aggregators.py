@@ -235,3 +235,15 @@ def test_and_mask_only_absent_environments_under_jit_is_nan():
     assert jnp.isnan(update(jnp.zeros(2))).all()
     # What cannot be refused under jit counts as absent, in sums and total alike.
     assert (update(jnp.array([1.0, -1.0])) == 1.0).all()
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_aggregators_on_float64_numpy_gradients_without_x64_do_not_warn(name):
+    # Warnings are errors here.
+    grads = np.random.default_rng(0).normal(size=(4, 3))
+    assert grads.dtype == np.float64
+    updates, _ = aggregate(AGGREGATORS[name](0.5, rescale=True), grads, jnp.ones(3))
+    expected, _ = aggregate(
+        AGGREGATORS[name](0.5, rescale=True), jnp.asarray(grads, jnp.float32)
+    )
+    assert_trees_equal(updates, expected)
