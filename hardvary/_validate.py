@@ -191,8 +191,9 @@ def stacked_gradients(grads: PyTree, params: PyTree | None, name: str) -> int | 
             shape = np.shape(grad)
             if len(shape) != np.ndim(param) + 1 or shape[1:] != np.shape(param):
                 hint = (
-                    "it has no environment axis: stack per-environment gradients "
-                    "with hardvary.per_env_grad, or pass a GradStats"
+                    "it has no environment axis: pass what hardvary's "
+                    "value_and_env_grads, grad_stats or per_env_grad return, and put "
+                    "what averages or adds up gradients behind the aggregator"
                     if shape == np.shape(param)
                     else "the axes after the first must be the parameter's"
                 )

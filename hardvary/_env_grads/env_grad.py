@@ -17,21 +17,16 @@ import numpy as np
 from hardvary import _validate, sharding
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.grad_stats import GradStats, StatName
+from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
 from hardvary._env_grads.source import Source, inner_products
 from hardvary._typing import AxisName, PyTree
 from hardvary.fused.rules import bound_rules
 from hardvary.fused.traced import Traced
 
-_MEND = (
-    "it lives inside one trace and takes no arithmetic. Put hardvary's aggregator "
-    "first in the chain, inside the same jit; to leave a jit, or to cross a scan or "
-    "a cond, take .stats(...), .mean() or .stack() first"
-)
-
 
 class EnvGradError(TypeError, AttributeError):
-    """Raised where an `EnvGrad` is taken for an array."""
+    """Raised where an `EnvGrad` is asked for what an array has."""
 
 
 class Answers:
@@ -137,14 +132,7 @@ def _current_trace() -> Any:
     return jex.get_opaque_trace_state(convention="hardvary")
 
 
-class _NoArray(type):
-    """Gives the class a name that says what to do: JAX's messages show it."""
-
-    def __repr__(cls) -> str:
-        return f"<class 'hardvary.EnvGrad'; {_MEND}>"
-
-
-class EnvGrad(metaclass=_NoArray):
+class EnvGrad(NoArray):
     """The gradients of one parameter in all environments.
 
     `value_and_env_grads` returns a tree of them, one at every leaf of the parameters.
@@ -177,6 +165,12 @@ class EnvGrad(metaclass=_NoArray):
     shape: tuple[int, ...]
     dtype: Any
     num_envs: int
+
+    _mend = (
+        "it lives inside one trace and takes no arithmetic. Put hardvary's aggregator "
+        "first in the chain, inside the same jit; to leave a jit, or to cross a scan "
+        "or a cond, take .stats(...), .mean() or .stack() first"
+    )
 
     def __init__(self, answers: Answers, index: int, like: Any) -> None:
         self._answers, self._index = answers, index
@@ -216,8 +210,14 @@ class EnvGrad(metaclass=_NoArray):
             axis_names=sharding.names_of(self._answers.axis_name),
         )
 
-    def mean(self) -> jax.Array:
-        """`sum_e w_e g_e / sum_e w_e`, the shape of the parameter."""
+    def mean(self, *axes: Any, **options: Any) -> jax.Array:
+        """`sum_e w_e g_e / sum_e w_e`, the shape of the parameter.
+
+        Raises:
+          TypeError: any argument, as an array's mean takes them.
+        """
+        if axes or options:
+            self._refuse()
         mean: jax.Array = self._stats([st.MEAN]).mean
         return mean
 
@@ -253,23 +253,17 @@ class EnvGrad(metaclass=_NoArray):
     def __repr__(self) -> str:
         return (
             f"EnvGrad(shape={self.shape}, dtype={self.dtype}, "
-            f"num_envs={self.num_envs}): {_MEND}"
+            f"num_envs={self.num_envs}): {self._mend}"
         )
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise EnvGradError(f"an EnvGrad is not an array: {_MEND}")
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise EnvGradError(f"an EnvGrad is not an array and has no .{name}: {_MEND}")
+        raise EnvGradError(
+            f"an EnvGrad is not an array and has no .{name}: {self._mend}"
+        )
 
-    __array__ = __len__ = __iter__ = __getitem__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse
-    __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
-    __neg__ = __pos__ = __abs__ = __float__ = __int__ = __bool__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __bool__ = NoArray._refuse
 
 
 def env_grads(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from hardvary import _validate, sharding
 from hardvary._env_grads import statistics as st
+from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
 from hardvary._env_grads.stacked import value_and_stacked
 from hardvary._typing import AxisName, PyTree
@@ -25,6 +26,11 @@ def _no_arithmetic(*args: Any) -> Any:
     raise TypeError("a GradStats takes no arithmetic")
 
 
+_MEND = (
+    "counts and means take no arithmetic, put hardvary's aggregator in front and "
+    "everything else behind it"
+)
+
 # An array of a dtype that nothing can be added to, multiplied by or compared with: JAX
 # refuses with the name of the dtype, which says what to do.
 _GUARD = jex_random.define_prng_impl(
@@ -34,10 +40,7 @@ _GUARD = jex_random.define_prng_impl(
     random_bits=_no_arithmetic,
     fold_in=_no_arithmetic,
     name="hardvary_grad_stats",
-    tag=(
-        "hardvary.GradStats: counts and means take no arithmetic, put hardvary's "
-        "aggregator in front and everything else behind it"
-    ),
+    tag=f"hardvary.GradStats: {_MEND}",
 )
 
 
@@ -48,7 +51,7 @@ def make_guard() -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GradStats:
+class GradStats(NoArray):
     """Statistics of one parameter's gradients, reduced over all environments.
 
     With weights `w_e` (1 unless given) and gradients `g_e`, component by component; all
@@ -98,6 +101,8 @@ class GradStats:
         default=(), metadata={"static": True}
     )
     guard: Any = dataclasses.field(default_factory=make_guard, repr=False)
+
+    _mend = f"{_MEND}; give optax.partition and optax.masked a tree, not a function"
 
 
 def grad_stats(
