@@ -205,8 +205,14 @@ def stacked_gradients(grads: PyTree, params: PyTree | None, name: str) -> int | 
     return leading_size(leaves, f"{name}: gradients")
 
 
-def leading_size(leaves: list[tuple[Any, Any]], what: str) -> int | None:
-    """Returns the common size of axis 0 of leaves given with their paths."""
+def leading_size(
+    leaves: list[tuple[Any, Any]], what: str, mend: str = ""
+) -> int | None:
+    """Returns the common size of axis 0 of leaves given with their paths.
+
+    Raises:
+      ValueError: a leaf without an axis, sizes that differ, a size of zero.
+    """
     first: tuple[Any, int] | None = None
     for path, leaf in leaves:
         shape = np.shape(leaf)
@@ -221,7 +227,7 @@ def leading_size(leaves: list[tuple[Any, Any]], what: str) -> int | None:
             raise ValueError(
                 f"{what} must agree on the number of environments (axis 0); "
                 f"{leaf_path(first[0])} has {first[1]}, {leaf_path(path)} has "
-                f"{shape[0]}"
+                f"{shape[0]}{mend}"
             )
     if first is None:
         return None

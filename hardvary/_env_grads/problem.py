@@ -81,7 +81,9 @@ class Problem:
         axes = _axes_of(in_axes, positions, len(args), kwargs)
         self._parts = {key: _Mapped(key, arg, axes[key]) for key, arg in others.items()}
         leaves = [leaf for part in self._parts.values() for leaf in part.paths]
-        num_envs = _validate.leading_size(leaves, "batch leaves")
+        num_envs = _validate.leading_size(
+            leaves, "batch leaves", "; in_axes={argument: None} shares one with all"
+        )
         if num_envs is None:
             raise ValueError(
                 "a batch is needed beside the parameters: at least one argument with "
@@ -178,8 +180,8 @@ def _axes_of(
                 "{1: 0, 'name': None} names only some, keywords too"
             )
         axes |= enumerate(in_axes)
-    elif isinstance(in_axes, int) and not isinstance(in_axes, bool):
-        axes = dict.fromkeys(axes, in_axes)
+    elif _is_axis(in_axes):
+        axes = dict.fromkeys(axes, int(in_axes))
         axes |= dict.fromkeys(positions)
     else:
         raise TypeError(
@@ -204,7 +206,7 @@ class _Mapped:
     """
 
     def __init__(self, key: _Key, arg: Any, axes: Any) -> None:
-        is_axis = lambda node: node is None or isinstance(node, int)  # noqa: E731
+        is_axis = lambda node: node is None or _is_axis(node)  # noqa: E731
         self._subtrees: list[tuple[int | None, Any]] = []
         self._treedefs: list[Any] = []
         self.paths: list[tuple[Any, Any]] = []
@@ -223,7 +225,7 @@ class _Mapped:
             self._add(key, axis, subtree)
 
     def _add(self, key: _Key, axis: Any, subtree: Any) -> None:
-        if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+        if axis is not None and not _is_axis(axis):
             raise TypeError(
                 f"in_axes of the argument {key!r} must be integers or None, "
                 f"got {axis!r}"
@@ -238,7 +240,7 @@ class _Mapped:
                 where = (jax.tree_util.DictKey(key), *path)
                 size = self._size(key, where, leaf, axis)
                 self.paths.append((where, jax.ShapeDtypeStruct((size,), jnp.float32)))
-        self._subtrees.append((axis, subtree))
+        self._subtrees.append((None if axis is None else int(axis), subtree))
 
     def _size(self, key: _Key, path: Any, leaf: Any, axis: int) -> int:
         """The number of environments of a leaf that is mapped over."""
@@ -287,6 +289,10 @@ class _Mapped:
             leaves = [remaining.pop(0) for _ in range(treedef.num_leaves)]
             parts.append(jax.tree.unflatten(treedef, leaves))
         return jax.tree.unflatten(self._whole, parts)
+
+
+def _is_axis(axis: Any) -> bool:
+    return isinstance(axis, int | np.integer) and not isinstance(axis, bool)
 
 
 def _may_be_mapped(leaf: Any) -> bool:

@@ -105,6 +105,8 @@ def combine(
       [-2.0, 3.0]
     """
     given = forms.read(grads, "combine", None, env_weights, axis_name)
+    # One array for all leaves: an EnvGrad knows weights by their identity.
+    weights = jax.tree.map(jnp.asarray, weights)
     try:
         shared = jax.tree.broadcast(weights, grads, is_leaf=forms.is_leaf)
     except ValueError as error:
@@ -112,5 +114,4 @@ def combine(
             "combine: weights must be an array [env], or a tree prefix of params with "
             f"such arrays: {error}"
         ) from error
-    # A list of the same array, not of copies: an EnvGrad tells it by its identity.
     return given.unflatten(given.combine(jax.tree.leaves(shared)))

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from hardvary import _hyperparams
+from hardvary import _hyperparams, _validate
 from hardvary._env_grads import forms
 from hardvary._env_grads.products import total_gramian
 from hardvary._typing import AxisName, PyTree
@@ -113,7 +113,14 @@ def weighting(
         present = grads.env_weights()
         if asks:
             given["env_weights"] = present
-        weights = jnp.asarray(rule(products, **given))
+        returned = rule(products, **given)
+        try:
+            weights = jnp.asarray(returned)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name}: the rule must return an array of weights, one for each "
+                f"environment, got {_validate.a_or_an(type(returned).__name__)}"
+            ) from error
         if weights.shape != (grads.num_envs,):
             raise ValueError(
                 f"{name}: the rule must return weights of shape ({grads.num_envs},), "

@@ -324,6 +324,8 @@ def test_weighting_of_bad_arguments_is_refused(rule, hyperparams, error, message
         (lambda gramian: gramian[0, 0], ValueError, r"one for each .*, got \(\)"),
         (lambda gramian: gramian[0, :3], ValueError, r"mine: .* got \(3,\)"),
         (lambda gramian: gramian[0] * 1j, TypeError, "weights must be real"),
+        (lambda gramian: None, TypeError, "mine: .* array of weights, .* NoneType"),
+        (lambda gramian: {"w": gramian[0]}, TypeError, "mine: .* weights, .* a dict"),
     ],
 )
 def test_weighting_rule_that_returns_no_weights_is_refused(rule, error, message):

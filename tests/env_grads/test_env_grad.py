@@ -164,15 +164,16 @@ def test_what_two_ask_for_is_computed_once():
 
     assert products(gramians(3)) == products(gramians(1))
 
-    def combined(times):
-        weights = jnp.arange(1.0, 6.0)
-
+    def combined(times, weights):
         def ask_for(grads):
             return [hardvary.combine(grads, weights) for _ in range(times)]
 
         return ask_for
 
-    assert products(combined(3)) == products(combined(1))
+    weights = jnp.arange(1.0, 6.0)
+    once = products(combined(1, weights))
+    assert products(combined(3, weights)) == once
+    assert products(combined(1, np.arange(1.0, 6.0))) == once
 
 
 def test_answers_inside_of_branches_and_loops_are_right(problem, expected):

@@ -123,6 +123,8 @@ def by_vmap(in_axes, *args, **settings):
         ((None, None, {"y": None, "scale": 0}), (None, None, {"y": None, "scale": 0})),
         ((None, 0, None), (None, 0, None)),
         ({1: 1}, (None, 1, 0)),
+        (np.int64(0), (None, 0, 0)),
+        ({1: np.int32(1)}, (None, 1, 0)),
         ({2: None}, (None, 0, None)),
         ({0: None, 1: 0, 2: {"y": 2, "scale": 0}}, (None, 0, {"y": 2, "scale": 0})),
         ({}, (None, 0, 0)),
@@ -334,7 +336,8 @@ def call(oracle, in_axes, *args, loss=loss_fn, **kwargs):
         (
             (None, 1, 0),
             ValueError,
-            r"must agree on the number of environments.* \[1\] has 5, .* has 4",
+            r"must agree on the number of environments.* \[1\] has 5, .* has 4; "
+            r"in_axes=\{argument: None\} shares one with all",
         ),
         (
             (None, None, None),
