@@ -6,7 +6,13 @@ import pathlib
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler  # no public way to its options for all that is compiled
 
+from tests import zoo
+
+QUICK = {**zoo.QUICK, "xla_llvm_disable_expensive_passes": True}
+AS_USERS_DO = compiler.get_compile_options
+COMPILED_AS_USERS_DO = pytest.StashKey[bool]()
 EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 
 # Before anything uses a device: the number is fixed by then.
@@ -17,6 +23,15 @@ hypothesis.settings.register_profile(
     "hardvary", derandomize=True, deadline=None, database=None, max_examples=20
 )
 hypothesis.settings.load_profile("hardvary")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-dtype",
+        action="store_true",
+        help="in tests/fused/test_zoo.py, take every model to float64, bfloat16 and "
+        "float16, not three of them",
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,6 +45,37 @@ def strict_jax(request):
             stack.enter_context(jax.numpy_dtype_promotion("strict"))
             stack.enter_context(jax.numpy_rank_promotion("raise"))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_compilation():
+    """Compiles everything as `QUICK` says, eager operations and library calls too.
+
+    Compiling for a few steps is most of what these tests cost.
+    """
+
+    def quickly(*arguments, env_options_overrides=None, **options):
+        overrides = {**QUICK, **(env_options_overrides or {})}
+        return AS_USERS_DO(*arguments, env_options_overrides=overrides, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", quickly)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def optimized_compilation(request, monkeypatch):
+    """Compiles as users do in tests marked `optimized`.
+
+    For what rounding decides, such as ties and equality to the bit, and for what runs
+    longer than it compiles.
+    """
+    optimized = request.node.get_closest_marker("optimized") is not None
+    if optimized:
+        monkeypatch.setattr(compiler, "get_compile_options", AS_USERS_DO)
+        if not request.config.stash.get(COMPILED_AS_USERS_DO, False):
+            jax.clear_caches()
+    request.config.stash[COMPILED_AS_USERS_DO] = optimized
 
 
 @pytest.fixture

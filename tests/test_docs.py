@@ -161,7 +161,21 @@ def with_python(paths):
     return [path for path in paths if any(b.language == "python" for b in blocks(path))]
 
 
-@pytest.mark.parametrize("path", with_python(FILES), ids=lambda path: path.name)
+# The first pages that a user runs, and one that searches for a while.
+OPTIMIZED = {"README.md", "quickstart.md", "tutorial.md", "consistency.md"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            id=path.name,
+            marks=[pytest.mark.optimized] if path.name in OPTIMIZED else [],
+        )
+        for path in with_python(FILES)
+    ],
+)
 @pytest.mark.usefixtures("standard_promotion")
 def test_python_blocks_of_a_page_run_in_order(path, tmp_path, monkeypatch):
     """And print what the comments and the text blocks beside them say."""

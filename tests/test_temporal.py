@@ -180,6 +180,7 @@ ADAMW_OPTIONS = {
 
 
 @adam
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", ADAMW_OPTIONS)
 def test_temporal_and_mask_adam_threshold_zero_is_adamw_to_the_bit(name, dtype):
@@ -197,6 +198,7 @@ def test_temporal_and_mask_adam_threshold_zero_is_adamw_to_the_bit(name, dtype):
 
 
 @adam
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["none", "all"])
 def test_temporal_and_mask_adam_without_jit_is_adamw_to_the_bit(name):
     options = {"learning_rate": 0.01, "weight_decay": 0.0} | ADAMW_OPTIONS[name]
@@ -218,6 +220,7 @@ def test_scale_by_temporal_and_mask_adam_is_the_mask_around_scale_by_adam():
 
 
 @adam
+@pytest.mark.optimized
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_temporal_and_mask_adam_behind_coupled_decay_is_adam_to_the_bit(jit):
     decay = optax.add_decayed_weights(0.1)

@@ -13,6 +13,8 @@ import pytest
 
 import hardvary
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "and_mask.npz")
 NUM_PARAMS = sum(key.startswith("param_") for key in GOLDEN.files)
 AGGREGATORS = {"and_mask": hardvary.and_mask, "geom_mean": hardvary.geometric_mean}

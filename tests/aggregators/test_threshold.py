@@ -11,6 +11,8 @@ import pytest
 import hardvary
 from tests._inputs import aggregate
 
+pytestmark = pytest.mark.optimized
+
 MAX_ENVS = 256
 
 

@@ -30,6 +30,7 @@ def search(size, **options):
     return jax.jit(run)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("condition", [10.0, 1e3, 1e5])
 @pytest.mark.parametrize(("size", "number"), [(2, 3), (6, 3), (20, 2)])
 def test_score_found_for_quadratics_is_at_most_and_nearly_the_exact_one(
@@ -80,6 +81,7 @@ def staircase(params, x):
     return jnp.mean((output - target) ** 2)
 
 
+@pytest.mark.optimized
 def test_sigmoid_patchwork_is_as_inconsistent_as_its_last_weight_shows():
     envs = jnp.stack([jnp.linspace(0, 0.5, 101), jnp.linspace(0.5, 1, 101)])
     minimum = jnp.array([100.0, -45.0, 100.0, -75.0, 1.0, 1.0])

@@ -11,13 +11,11 @@ import time
 
 import jax.numpy as jnp
 import pytest
-from jax._src import compiler  # no public way to its options for all that is compiled
 
 from experiments.common.run_dir import RunDir
-from tests import zoo
+from tests.conftest import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
-QUICK = {**zoo.QUICK, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +45,6 @@ def toy_epoch(state, epoch):
     """A recursion whose every float32 depends on all the epochs before."""
     x = state["x"] * jnp.float32(1.1) + jnp.float32(0.01) * epoch
     return {"x": x, "count": state["count"] + 1}, {"loss": x, "square": x * x}
-
-
-@pytest.fixture(autouse=True, scope="package")
-def quick_compilation():
-    """Compiles everything as `QUICK` says, eager operations and library calls too.
-
-    Compiling for a few steps is most of what these tests cost.
-    """
-    get_compile_options = compiler.get_compile_options
-
-    def quickly(*arguments, env_options_overrides=None, **options):
-        overrides = {**QUICK, **(env_options_overrides or {})}
-        return get_compile_options(
-            *arguments, env_options_overrides=overrides, **options
-        )
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", quickly)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -104,18 +104,22 @@ def cast(tree, dtype):
     return jax.tree.map(leaf, tree)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dense_one_row",
-        "conv_2d_depthwise",
-        "embedding_repeated_ids",
-    ],
-)
+def pytest_generate_tests(metafunc):
+    if "in_dtype" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_dtype")
+        names = (
+            ZOO if every else [SOME[0], "conv_2d_depthwise", "embedding_repeated_ids"]
+        )
+        metafunc.parametrize("in_dtype", names)
+
+
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [("float64", 1e-12), ("bfloat16", 1e-2), ("float16", 2e-3)]
 )
-def test_env_grads_in_another_precision_equal_stacked_gradients(name, dtype, rounding):
+def test_env_grads_in_another_precision_equal_stacked_gradients(
+    in_dtype, dtype, rounding
+):
+    name = in_dtype
     params, float32_loss, batch = build(name)
 
     def half_loss(params, batch):
