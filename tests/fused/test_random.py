@@ -7,7 +7,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -15,6 +16,7 @@ import hardvary
 from hardvary.fused import rules
 from tests._inputs import STATISTICS, weights_for
 from tests.fused._answers import ask, check_answers, signed_weights
+from tests.fused._precision import PRECISIONS, allowed, at
 from tests.zoo import (
     Stacked,
     assert_stats_match,
@@ -445,3 +447,27 @@ def test_gradients_of_a_random_network_equal_stacked_gradients(drawn, small):
     except AssertionError as error:
         error.add_note("\n".join(names))
         raise
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@settings(max_examples=8)
+@given(drawn=networks())
+def test_gradients_of_a_random_network_in_another_precision(precision, drawn):
+    *model, names = drawn
+    with allowed(precision), mock.patch.object(rules, "SMALL", 0):
+        params, loss_fn, batch = at(precision, *model)
+        expected = Stacked(loss_fn, params, batch)
+        signed = signed_weights(len(batch))
+
+        @compile_quickly
+        def run(params, batch, signed):
+            return ask(hardvary.env_grads(loss_fn)(params, batch), signed)
+
+        try:
+            found = run(params, batch, signed)
+            check_answers(
+                found, params, expected, signed, rounding=PRECISIONS[precision]
+            )
+        except AssertionError as error:
+            error.add_note("\n".join(names))
+            raise

@@ -1,7 +1,5 @@
 """The fused oracle equals stacked gradients, on models of every kind."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +15,7 @@ from tests.fused._models import (
     definition,
     make_oracle,
 )
+from tests.fused._precision import PRECISIONS, allowed, at
 from tests.zoo import ZOO, Stacked, compile_quickly, fields_by_path, poison
 from tests.zoo.compare import FIELDS
 
@@ -96,42 +95,39 @@ def test_env_grads_with_weights_and_stats_by_microbatches_equal_stacked_gradient
     check(name, by_microbatches)
 
 
-def cast(tree, dtype):
-    def leaf(values):
-        floating = jnp.issubdtype(values.dtype, jnp.floating)
-        return values.astype(dtype) if floating else values
-
-    return jax.tree.map(leaf, tree)
+# Models that cannot be taken there, or that keep a part of themselves as it is.
+NOT_IN = {
+    "float64": {
+        "bfloat16_compute_one_row",
+        "parameters_of_several_dtypes",
+        "nnx_conv_net_with_batch_norm",
+        "nnx_lstm",
+        "scan_over_examples_of_one_use_each",
+    },
+    # JAX has complex numbers of float32 and float64 alone.
+    "bfloat16": {"complex_intermediate", "fourier_layer"},
+    "float16": {"complex_intermediate", "fourier_layer", "attention_of_jax_nn"},
+}
 
 
 def pytest_generate_tests(metafunc):
-    if "in_dtype" in metafunc.fixturenames:
-        every = metafunc.config.getoption("every_dtype")
-        names = (
-            ZOO if every else [SOME[0], "conv_2d_depthwise", "embedding_repeated_ids"]
-        )
-        metafunc.parametrize("in_dtype", names)
+    if "precision" not in metafunc.fixturenames:
+        return
+    names = ["dense_one_row", "conv_2d_depthwise", "embedding_repeated_ids"]
+    if metafunc.config.getoption("every_dtype"):
+        names = ZOO
+    pairs = [(n, p) for p in PRECISIONS for n in names if n not in NOT_IN[p]]
+    metafunc.parametrize(("name", "precision"), pairs)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rounding"), [("float64", 1e-12), ("bfloat16", 1e-2), ("float16", 2e-3)]
-)
-def test_env_grads_in_another_precision_equal_stacked_gradients(
-    in_dtype, dtype, rounding
-):
-    name = in_dtype
-    params, float32_loss, batch = build(name)
+def test_env_grads_in_another_precision_equal_stacked_gradients(name, precision):
+    params, full, batch = build(name)
 
-    def half_loss(params, batch):
-        loss = float32_loss(cast(params, dtype), cast(batch, dtype))
-        return loss.astype(jnp.float32)
+    def loss_alone(params, batch):
+        return full(params, batch)[0] if ZOO[name].has_aux else full(params, batch)
 
-    # Constants of these models are float32.
-    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
-        if dtype == "float64":
-            params, batch, loss_fn = *cast((params, batch), dtype), float32_loss
-        else:
-            loss_fn = half_loss
+    with allowed(precision):
+        params, loss_fn, batch = at(precision, params, loss_alone, batch)
         expected = Stacked(loss_fn, params, batch)
 
         @compile_quickly
@@ -141,6 +137,7 @@ def test_env_grads_in_another_precision_equal_stacked_gradients(
 
         poisoned = poison(batch, int(np.argmin(WEIGHTS)))
         answers = run(params, poisoned, SIGNED, WEIGHTS)
+        rounding = PRECISIONS[precision]
         check_answers(answers, params, expected, SIGNED, WEIGHTS, rounding)
 
 
