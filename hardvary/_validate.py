@@ -305,3 +305,28 @@ def whole_number(name: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}, got {value}")
     return int(value)
+
+
+def prng_key(name: str, seed: Any) -> jax.Array:
+    """Returns a typed key scalar, from a seed or as it is.
+
+    Args:
+      name: the argument, for messages.
+      seed: an integer >= 0, an integer array [] that may be traced, or a key.
+
+    Raises:
+      TypeError: anything else, raw keys `uint32[2]` among it.
+      ValueError: a negative integer.
+    """
+    dtype = getattr(seed, "dtype", None)
+    if isinstance(seed, jax.Array) and np.shape(seed) == ():
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return seed
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jax.random.key(seed)
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(
+            f"{name} must be an integer >= 0 or a key such as jax.random.key(0), "
+            f"got {seed!r}"
+        )
+    return jax.random.key(whole_number(name, seed, 0))
