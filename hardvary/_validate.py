@@ -318,11 +318,10 @@ def prng_key(name: str, seed: Any) -> jax.Array:
       TypeError: anything else, raw keys `uint32[2]` among it.
       ValueError: a negative integer.
     """
-    dtype = getattr(seed, "dtype", None)
     if isinstance(seed, jax.Array) and np.shape(seed) == ():
-        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
             return seed
-        if jnp.issubdtype(dtype, jnp.integer):
+        if jnp.issubdtype(seed.dtype, jnp.integer):
             return jax.random.key(seed)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise TypeError(

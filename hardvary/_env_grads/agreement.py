@@ -10,6 +10,9 @@ from hardvary._env_grads import forms
 from hardvary._env_grads import statistics as st
 from hardvary._typing import AxisName, PyTree
 
+# What rounding may do to a sum of weighted votes, as a share of the total weight.
+ROUNDING = 16 * float(jnp.finfo(jnp.float32).eps)
+
 
 def reaches(sign_sum: jax.Array, num_envs: Any, threshold: Any) -> jax.Array:
     """Whether `|sign_sum| >= threshold * num_envs`, exact at equality.
@@ -28,7 +31,7 @@ def reaches(sign_sum: jax.Array, num_envs: Any, threshold: Any) -> jax.Array:
     threshold = threshold.astype(dtype)
     num_envs = jnp.asarray(num_envs).astype(dtype)
     slack = jnp.minimum(rounding * threshold * num_envs, 0.5)
-    slack += 16 * float(jnp.finfo(jnp.float32).eps) * num_envs
+    slack += ROUNDING * num_envs
     return jnp.abs(sign_sum) >= threshold * num_envs - slack
 
 

@@ -19,7 +19,7 @@ from hardvary._env_grads import statistics as st
 from hardvary._env_grads.grad_stats import GradStats, StatName
 from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
-from hardvary._env_grads.source import Source, inner_products
+from hardvary._env_grads.source import Source
 from hardvary._typing import AxisName, PyTree
 from hardvary.fused.rules import bound_rules
 from hardvary.fused.traced import Traced
@@ -97,14 +97,23 @@ class Answers:
         return self._once("gramian", self._gramian)
 
     def _gramian(self) -> list[jax.Array]:
-        if self.axis_name is not None:
-            return [inner_products(grad) for grad in self.stack()]
-        gramians = self._source.gramian()
-        if self._weights is None:
+        gramians = self._source.gramian(self.axis_name)
+        weights = self.env_weights()
+        if weights is None:
             return gramians
-        here = self._weights.values > 0
+        here = weights > 0
         both = here[:, None] & here[None, :]
         return [jnp.where(both, gramian, 0) for gramian in gramians]
+
+    def square_norms(self) -> list[jax.Array]:
+        def compute() -> list[jax.Array]:
+            squares = self._source.square_norms()
+            if self._weights is not None:
+                here = self._weights.values > 0
+                squares = [jnp.where(here, square, 0) for square in squares]
+            return [sharding.all_rows(square, self.axis_name) for square in squares]
+
+        return self._once("square_norms", compute)
 
     def env_weights(self) -> jax.Array | None:
         """Weights of the environments of all devices, None if they are 1."""
@@ -230,7 +239,10 @@ class EnvGrad(NoArray):
 
     def norms(self) -> jax.Array:
         """`[env]`, Euclidean norms of the environments' gradients."""
-        return jnp.sqrt(jnp.diagonal(self.gramian()))
+        return jnp.sqrt(self._square_norms())
+
+    def _square_norms(self) -> jax.Array:
+        return self._answers.square_norms()[self._index]
 
     def combine(self, weights: jax.typing.ArrayLike) -> jax.Array:
         """`sum_e w_e g_e`, the shape of the parameter.

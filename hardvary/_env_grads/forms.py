@@ -12,7 +12,7 @@ from hardvary import _validate, sharding
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.env_grad import EnvGrad
 from hardvary._env_grads.grad_stats import GradStats
-from hardvary._env_grads.source import inner_products
+from hardvary._env_grads.source import inner_products, square_norms
 from hardvary._typing import AxisName, PyTree
 
 
@@ -104,6 +104,12 @@ class Gradients:
         if self.leaves and isinstance(self.leaves[0], EnvGrad):
             return [leaf.gramian() for leaf in self.leaves]
         return [inner_products(leaf) for leaf in self._stacked("inner products")]
+
+    def square_norms(self) -> list[jax.Array]:
+        """`[env]` of every parameter, over the environments of all devices."""
+        if self.leaves and isinstance(self.leaves[0], EnvGrad):
+            return [leaf._square_norms() for leaf in self.leaves]
+        return [square_norms(leaf) for leaf in self._stacked("norms")]
 
     def combine(self, weights: Sequence[Any]) -> list[jax.Array]:
         """`sum_e w_e g_e` of every parameter; `[env]` weights of its own each."""

@@ -1,5 +1,6 @@
 """Inner products and weighted sums of whole gradients."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,11 +40,20 @@ def gramian(
 
 
 def total_gramian(given: forms.Gradients) -> jax.Array:
-    gramians = given.gramian()
-    if not gramians:
-        raise ValueError(f"{given.name}: a tree without leaves has no environments")
-    dtype = max((g.dtype for g in gramians), key=lambda dtype: dtype.itemsize)
-    return sum((g.astype(dtype) for g in gramians[1:]), gramians[0].astype(dtype))
+    """`[env, env]`, inner products over all parameters."""
+    return _total(given.name, given.gramian())
+
+
+def total_square_norms(given: forms.Gradients) -> jax.Array:
+    """`[env]`, squares of norms over all parameters."""
+    return _total(given.name, given.square_norms())
+
+
+def _total(name: str, parts: Sequence[jax.Array]) -> jax.Array:
+    if not parts:
+        raise ValueError(f"{name}: a tree without leaves has no environments")
+    dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    return sum((part.astype(dtype) for part in parts[1:]), parts[0].astype(dtype))
 
 
 def norms(
@@ -69,7 +79,7 @@ def norms(
       [5.0, 1.0]
     """
     given = forms.read(grads, "norms", None, env_weights, axis_name)
-    return jnp.sqrt(jnp.diagonal(total_gramian(given)))
+    return jnp.sqrt(total_square_norms(given))
 
 
 def combine(

@@ -1,13 +1,15 @@
 """Where the gradients of an `EnvGrad` come from."""
 
 import abc
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from hardvary import _validate
+from hardvary import _validate, sharding
 from hardvary._env_grads.statistics import MEAN, EnvWeights, Statistic, Sums
+from hardvary._typing import AxisName
 
 
 class Source(abc.ABC):
@@ -35,13 +37,37 @@ class Source(abc.ABC):
         """`sum_e w_e g_e`, at least float32; weights of any sign."""
         return self.sums([MEAN], weights)[MEAN]
 
-    def gramian(self) -> list[jax.Array]:
-        """`[env, env]`, inner products of gradients, at least float32."""
-        return [inner_products(grad) for grad in self.stack()]
+    def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
+        """`[env, env]`, inner products of gradients, at least float32.
+
+        Args:
+          axis_name: mapped axis over which further environments are spread; the result
+            is of all of them, and the same on every device.
+        """
+        return [
+            inner_products(sharding.all_rows(grad, axis_name)) for grad in self.stack()
+        ]
+
+    def square_norms(self) -> list[jax.Array]:
+        """`[env]`, the diagonal of `gramian`, of the environments of this device."""
+        return [square_norms(grad) for grad in self.stack()]
+
+
+def square_norms(grad: jax.Array) -> jax.Array:
+    """`[env]` of a stacked gradient, in at least float32."""
+    rows = flat(grad)
+    return jnp.sum(rows * rows, axis=1)
 
 
 def inner_products(grad: jax.Array) -> jax.Array:
     """`[env, env]` of a stacked gradient, in at least float32."""
-    rows = grad.reshape(len(grad), -1).astype(_validate.wide(grad.dtype))
+    rows = flat(grad)
     # The default of accelerators rounds the factors.
     return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def flat(grad: jax.Array) -> jax.Array:
+    """A stacked gradient as `[env, component]`, in at least float32."""
+    return grad.reshape(len(grad), math.prod(grad.shape[1:])).astype(
+        _validate.wide(grad.dtype)
+    )

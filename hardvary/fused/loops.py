@@ -92,10 +92,14 @@ class Loop(Site):
                 saved,
             )
 
+        # An operand that is the same at every step, and as it is outside.
+        as_it_is = not differentiated and not over and len(use.operands) == len(fixed)
         return Use(
             use.primitive,
             operands,
             local,
+            eqn=use.eqn if as_it_is else None,
+            side=use.side if as_it_is else -1,
             steps=(self._length, *use.steps),
             path=(index, *use.path),
             reason=use.reason,

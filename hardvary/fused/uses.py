@@ -26,8 +26,9 @@ class Use:
       local: `(operands, bindings, saved) -> outputs`, the operation for one
         environment.
       eqn, side: the equation and the position of the only operand in it, where the
-        use is one equation with one operand; -1 elsewhere.
-      steps: lengths of the loops around it.
+        use is one equation with one operand; None and -1 elsewhere.
+      steps: lengths of the loops around it: axes of what it saves, and of its
+        cotangents.
       path: where a program's saved values and cotangents hold this use's.
       reason: why the operands were copied for each environment, if they were.
       constants: what `local` reads from `bindings`.

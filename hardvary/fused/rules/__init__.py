@@ -7,18 +7,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from hardvary._env_grads.statistics import EnvWeights, Statistic, Sums
 from hardvary.fused.grouping import Group, groups_of
 from hardvary.fused.program import Program
-from hardvary.fused.rules import convolution, layout, lookup, product
+from hardvary.fused.rules import convolution, factors, layout, lookup, product
 from hardvary.fused.rules.base import Rule
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.rules.stack import Stack
 from hardvary.fused.rules.unused import Unused
 from hardvary.fused.traced import Traced
-from hardvary.fused.uses import Use
 
 RULES: dict[str, type[Rule]] = {
     "product": product.Product,
@@ -64,7 +61,7 @@ def decide(program: Program, group: Group) -> Decision:
             only.primitive in ("dot_general", "gather")
             and not only.steps
             and layout.is_rearranged(program, only.operands[0])
-            and _is_real(only)
+            and factors.is_real(only)
         )
         if plain and only.primitive == "dot_general":
             num_rows = product.rows(only)
@@ -103,18 +100,3 @@ def sum_over_envs(
             for i, total in zip(rule.group.leaves, sums[statistic], strict=True):
                 result[statistic][i] = total
     return result
-
-
-def _is_real(use: Use) -> bool:
-    """Whether signs are what they seem: the real part of a product has no factors."""
-    operand = use.eqn.invars[use.side].aval
-    results = [var.aval for var in use.eqn.outvars]
-    others = [
-        var.aval
-        for i, var in enumerate(use.eqn.invars)
-        if i != use.side and not jnp.issubdtype(var.aval.dtype, jnp.integer)
-    ]
-    return all(
-        jnp.issubdtype(aval.dtype, jnp.floating)
-        for aval in (operand, *results, *others)
-    )

@@ -5,8 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from hardvary import _validate
 from hardvary._env_grads.source import Source
+from hardvary._env_grads.statistics import EnvWeights, along_envs
 from hardvary.fused.grouping import Group
 from hardvary.fused.program import Bindings, Value
 from hardvary.fused.rules import convolution
@@ -26,6 +29,16 @@ class Rule(Source):
         self.leaves = [jnp.asarray(traced.leaves[i]) for i in group.leaves]
         self.num_envs = traced.num_envs
 
+    def elements(self) -> int:
+        """Elements that may be held at once.
+
+        Eight copies of all parameters, or a small part of what the pass left behind.
+        """
+        traced = self.traced
+        left = jax.tree.leaves((traced.saved, traced.cotangents))
+        at_least = 8 * sum(np.size(leaf) for leaf in traced.leaves)
+        return max(at_least, sum(np.size(leaf) for leaf in left) // 8)
+
     def stack(self) -> list[jax.Array]:
         return jax.vmap(self.pull())(*self.left_behind())
 
@@ -37,20 +50,64 @@ class Rule(Source):
             [use.at(traced.cotangents) for use in uses],
         )
 
-    def pull(self) -> Callable[[Any, Any], list[jax.Array]]:
-        """The gradients, as a function of what one environment left behind."""
+    def pull_sum(
+        self, saved: Any, cotangents: Any, weights: EnvWeights
+    ) -> list[jax.Array]:
+        """The weighted sum of all gradients, in one backward pass over the uses."""
         traced, uses = self.traced, self.group.uses
-        program = traced.program
+        operands, determine = self._determined()
+        there = weights.values != 0
+        stand_in = jnp.argmax(there)
+
+        def known(leaf: jax.Array) -> jax.Array:
+            # Whatever an absent environment holds, its share has to be 0: as that of
+            # one that is there, and counts elsewhere, times a cotangent of 0.
+            return jnp.where(along_envs(there, leaf), leaf, leaf[stand_in])
+
+        def weighted(leaf: jax.Array) -> jax.Array:
+            share = along_envs(weights.values, leaf).astype(leaf.dtype)
+            return jnp.where(share != 0, share * leaf, 0)
+
+        saved = jax.tree.map(known, saved)
+        cotangents = jax.tree.map(weighted, cotangents)
+
+        def outputs(*leaves: Any) -> list[Any]:
+            given = dict(zip(operands, determine(*leaves), strict=True))
+
+            def of_env(saved: Any) -> list[Any]:
+                return [
+                    use.local([given[o] for o in use.operands], traced.env, own)
+                    for use, own in zip(uses, saved, strict=True)
+                ]
+
+            return jax.vmap(of_env, axis_size=self.num_envs)(saved)
+
+        _, back = jax.vjp(outputs, *self.leaves)
+        sums = back(cotangents)
+        return [
+            jnp.where(jnp.any(there), total, 0).astype(_validate.wide(total.dtype))
+            for total in sums
+        ]
+
+    def _determined(self) -> tuple[list[Value], Callable[..., list[Any]]]:
+        """Operands of all uses, and the function of the parameters that makes them."""
+        traced, uses = self.traced, self.group.uses
         operands = list(dict.fromkeys(o for use in uses for o in use.operands))
-        inputs = [program.inputs[i] for i in self.group.leaves]
+        inputs = [traced.program.inputs[i] for i in self.group.leaves]
 
         def determine(*leaves: Any) -> list[Any]:
             inside = Bindings(traced.env)
             for value, leaf in zip(inputs, leaves, strict=True):
                 inside[value] = leaf
-            program.run_hoisted(inside, operands)
+            traced.program.run_hoisted(inside, operands)
             return [inside[operand] for operand in operands]
 
+        return operands, determine
+
+    def pull(self) -> Callable[[Any, Any], list[jax.Array]]:
+        """The gradients, as a function of what one environment left behind."""
+        traced, uses = self.traced, self.group.uses
+        operands, determine = self._determined()
         values, back = jax.vjp(determine, *self.leaves)
         given = dict(zip(operands, values, strict=True))
 

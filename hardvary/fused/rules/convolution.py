@@ -62,58 +62,33 @@ def kernel_gradient(
     Returns:
       An array of `shape`, complex if `data` or `cotangent` is, at least float32.
     """
-    numbers = params["dimension_numbers"]
-    groups: int = params["feature_group_count"]
     dtype = _wide(data.dtype, cotangent.dtype)
     if 0 in (data.size, cotangent.size, *shape):
         return jnp.zeros(shape, dtype)
-    # From here on: data [n, *space, group, in], cotangent [n, *space, group, out].
-    data = _features_last(data.astype(dtype), numbers.lhs_spec)
-    cotangent = _features_last(cotangent.astype(dtype), numbers.out_spec)
-    axes = [
-        _Axis(*sizes)
-        for sizes in zip(
-            data.shape[1:-1],
-            cotangent.shape[1:-1],
-            [shape[axis] for axis in numbers.rhs_spec[2:]],
-            params["window_strides"],
-            params["padding"],
-            params["lhs_dilation"],
-            params["rhs_dilation"],
-            strict=True,
-        )
-    ]
-    data = jax.lax.pad(
-        data, jnp.zeros((), dtype), [(0, 0, 0), *(a.padding for a in axes), (0, 0, 0)]
-    )
-    rows = math.prod(cotangent.shape[:-1])
-    inputs = data.shape[-1] // groups
-    right = cotangent.reshape(rows, groups, -1)
+    pieces = Pieces(data.astype(dtype), cotangent.astype(dtype), params, shape)
+    starts, right = pieces.starts, pieces.right
+    rows, groups, _ = right.shape
 
     def product(starts: Sequence[Any]) -> jax.Array:
         """Of the pieces that begin there: [group, piece, (reshaped, in), out]."""
-        pieces = []
-        for start in starts:
-            piece = _piece(data, axes, start).reshape(rows, -1, groups, inputs)
-            pieces.append(jnp.swapaxes(piece, 1, 2))
-        left = jnp.stack(pieces, axis=2).reshape(rows, groups, -1)
+        left = jnp.stack([pieces.at(start) for start in starts], axis=2)
+        left = left.reshape(rows, groups, -1)
         result = _multiply(left, right, params["precision"])
-        return result.reshape(groups, len(pieces), -1, result.shape[-1])
+        return result.reshape(groups, len(starts), -1, result.shape[-1])
 
-    starts = list(itertools.product(*(axis.starts for axis in axes)))
     if len(starts) <= PIECES:
         result = product(starts)
     else:
         parts = -(-len(starts) // PIECES)
         size = -(-len(starts) // parts)
-        # The last part may hold places twice, whose products are dropped. Indices
-        # without a sign: others might count from the end.
-        table = np.resize(np.asarray(starts, np.uint32), (parts, size, len(axes)))
-        columns = [[*np.moveaxis(table[:, i], 1, 0)] for i in range(size)]
+        # The last part may hold places twice, whose products are dropped.
+        table = np.resize(np.asarray(starts), (parts, size, len(pieces.axes)))
+        columns = [in_a_loop(table[:, i]) for i in range(size)]
         result = jax.lax.map(product, columns)
         result = jnp.moveaxis(result, 0, 1).reshape(groups, -1, *result.shape[3:])
         result = result[:, : len(starts)]
     # -> [*window, in, (group out)] -> the kernel's layout.
+    numbers, axes, inputs = params["dimension_numbers"], pieces.axes, pieces.inputs
     shifted = [len(axis.starts) for axis in axes]
     reshaped = [axis.window if axis.reshaped else 1 for axis in axes]
     result = result.reshape(groups, *shifted, *reshaped, inputs, -1)
@@ -124,6 +99,63 @@ def kernel_gradient(
     out_axis, in_axis, *window_axes = numbers.rhs_spec
     order = [*window_axes, in_axis, out_axis]
     return jnp.transpose(result, [order.index(axis) for axis in range(len(order))])
+
+
+class Pieces:
+    """What the places of a convolution's window see of its input.
+
+    Args: as of `kernel_gradient`; no size may be 0.
+
+    Attributes:
+      starts: where in the padded input pieces begin, along each axis.
+      right: the cotangent, [row, group, out].
+      axes: spatial axes.
+      inputs: features of the input that a group has.
+    """
+
+    def __init__(
+        self,
+        data: jax.Array,
+        cotangent: jax.Array,
+        params: dict[str, Any],
+        shape: Sequence[int],
+    ) -> None:
+        numbers = params["dimension_numbers"]
+        self._groups: int = params["feature_group_count"]
+        # From here on: data [n, *space, group, in], cotangent [n, *space, group, out].
+        data = _features_last(data, numbers.lhs_spec)
+        cotangent = _features_last(cotangent, numbers.out_spec)
+        self.axes = [
+            _Axis(*sizes)
+            for sizes in zip(
+                data.shape[1:-1],
+                cotangent.shape[1:-1],
+                [shape[axis] for axis in numbers.rhs_spec[2:]],
+                params["window_strides"],
+                params["padding"],
+                params["lhs_dilation"],
+                params["rhs_dilation"],
+                strict=True,
+            )
+        ]
+        paddings = [(0, 0, 0), *(a.padding for a in self.axes), (0, 0, 0)]
+        self._data = jax.lax.pad(data, jnp.zeros((), data.dtype), paddings)
+        self._rows = math.prod(cotangent.shape[:-1])
+        self.inputs = data.shape[-1] // self._groups
+        self.right = cotangent.reshape(self._rows, self._groups, -1)
+        self.starts = list(itertools.product(*(axis.starts for axis in self.axes)))
+
+    def at(self, start: Sequence[Any]) -> jax.Array:
+        """The piece that begins there: [row, group, (reshaped, in)]."""
+        piece = _piece(self._data, self.axes, start)
+        piece = piece.reshape(self._rows, -1, self._groups, self.inputs)
+        return jnp.swapaxes(piece, 1, 2).reshape(self._rows, self._groups, -1)
+
+
+def in_a_loop(starts: Any) -> list[np.ndarray]:
+    """Starts `[step, axis]` as a loop goes through them, an array for each axis."""
+    # Without a sign: other indices might count from the end.
+    return [*np.moveaxis(np.asarray(starts, np.uint32), 1, 0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +214,7 @@ def _piece(data: jax.Array, axes: Sequence[_Axis], start: Any) -> jax.Array:
     rank = len(axes)
     spans = [axis.span for axis in axes]
     strides = [1 if axis.reshaped else axis.stride for axis in axes]
-    if not isinstance(start[0], int):
+    if start and not isinstance(start[0], int):
         zero = np.uint32(0)
         sizes = (data.shape[0], *spans, data.shape[-1])
         data = jax.lax.dynamic_slice(data, (zero, *start, zero), sizes)

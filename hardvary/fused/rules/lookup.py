@@ -6,9 +6,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from hardvary import _validate
+from hardvary import _validate, sharding
+from hardvary._env_grads.source import inner_products
 from hardvary._env_grads.statistics import EnvWeights, Statistic, Sums, present
+from hardvary._typing import AxisName
 from hardvary.fused.rules.base import Rule
+from hardvary.fused.rules.inner_products import divisor, in_parts, sum_over
 from hardvary.fused.rules.layout import in_layout
 from hardvary.fused.uses import Use
 
@@ -81,19 +84,46 @@ class Lookup(Rule):
             result[statistic] = [self._in_layout(total.reshape(shape))]
         return result
 
-    def gramian(self) -> list[jax.Array]:
+    def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
+        (use,) = self.group.uses
+        table_rows = use.eqn.invars[0].aval.shape[0]
+        indices, rows = self._rows()
+        # What gathered nothing has no gradient, also where the cotangent is not zero.
+        rows = jnp.where((indices < table_rows)[..., None], rows, 0)
+        indices, rows = (sharding.all_rows(x, axis_name) for x in (indices, rows))
+        num_envs, num_rows, features = rows.shape
+        if num_rows**2 <= table_rows:
+            return [self._matching(indices, rows)]
+
+        def of_tile(tile: jax.Array) -> jax.Array:
+            zeros = jnp.zeros((table_rows, tile.shape[-1]), tile.dtype)
+            add = lambda i, r: zeros.at[i].add(r, mode="drop")  # noqa: E731
+            return inner_products(jax.vmap(add)(indices, tile))
+
+        at_most = self.elements() // max(num_envs * table_rows, 1)
+        size = divisor(features, at_most)
+        tiles = rows.reshape(num_envs, num_rows, features // size, size)
+        return [sum_over(of_tile, jnp.moveaxis(tiles, 2, 0), indices)]
+
+    def _matching(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        """`[env, env]`, of the rows that two environments both looked up."""
+        num_envs, num_rows, _ = rows.shape
+
+        def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+            index, row = part
+            highest = jax.lax.Precision.HIGHEST
+            products = jnp.einsum("erk,fsk->erfs", row, rows, precision=highest)
+            same = index[:, :, None, None] == indices[None, None]
+            return jnp.sum(jnp.where(same, products, 0), axis=(1, 3))
+
+        at_most = self.elements() // max(num_envs * num_rows**2, 1)
+        return in_parts(some, (indices, rows), divisor(num_envs, at_most))
+
+    def square_norms(self) -> list[jax.Array]:
         (use,) = self.group.uses
         indices, rows = self._rows()
-        num_envs, num_rows, _ = rows.shape
-        # What gathered nothing has no gradient, also where the cotangent is not zero.
         in_range = indices < use.eqn.invars[0].aval.shape[0]
-        rows = jnp.where(in_range[..., None], rows, 0)
-        flat = rows.reshape(num_envs * num_rows, -1)
-        products = jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
-        same = indices.reshape(-1, 1) == indices.reshape(1, -1)
-        products = jnp.where(same, products, 0)
-        pairs = products.reshape(num_envs, num_rows, num_envs, num_rows)
-        return [jnp.sum(pairs, axis=(1, 3))]
+        return [jnp.sum(jnp.where(in_range[..., None], rows * rows, 0), axis=(1, 2))]
 
     def _in_layout(self, total: jax.Array) -> jax.Array:
         (use,), (leaf,) = self.group.uses, self.group.leaves

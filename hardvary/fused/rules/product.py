@@ -23,6 +23,7 @@ from hardvary._env_grads.statistics import (
     present,
     sign_or_nan,
 )
+from hardvary.fused.rules.factors import sides
 from hardvary.fused.rules.layout import in_layout
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.uses import Use
@@ -33,7 +34,7 @@ PART = 128
 
 def rows(use: Use) -> int:
     """Number of outer products whose sum an environment's gradient is."""
-    *_, free = _sides(use)
+    *_, free = sides(use)
     shape = use.eqn.invars[1 - use.side].aval.shape
     return math.prod(shape[i] for i in free)
 
@@ -46,7 +47,7 @@ class Product(Scan):
         rest = [s for s in statistics if not s.multiplicative]
         result = super().sums(rest, weights) if rest else {}
         (use,) = self.group.uses
-        data, cotangent = (present(x, weights) for x in self._factors())
+        data, cotangent = (present(x, weights) for x in self._pair())
         votes = [s for s in statistics if not s.averaged]
         wanted = [s for s in statistics if s not in rest]
         if votes and MEAN not in wanted:
@@ -76,46 +77,12 @@ class Product(Scan):
             result[statistic] = [jnp.where(finite, result[statistic][0], jnp.nan)]
         return {s: result[s] for s in statistics}
 
-    def gramian(self) -> list[jax.Array]:
-        (use,) = self.group.uses
-        data, cotangent = self._factors()
-        *_, batch, _ = _sides(use)
-        dtype = _validate.wide(self.leaves[0].dtype)
-
-        def products(factor: jax.Array, batch: Sequence[int]) -> jax.Array:
-            """`[batch, env, env]`."""
-            first = [axis + 1 for axis in batch]
-            others = [i for i in range(1, factor.ndim) if i not in first]
-            factor = jnp.transpose(factor, (*first, 0, *others)).astype(dtype)
-            size = math.prod(factor.shape[: len(first)])
-            factor = factor.reshape(size, self.num_envs, -1)
-            highest = jax.lax.Precision.HIGHEST
-            return jnp.einsum("bei,bfi->bef", factor, factor, precision=highest)
-
-        # Batch axes come first in the output.
-        return [
-            jnp.sum(
-                products(data, batch) * products(cotangent, range(len(batch))), axis=0
-            )
-        ]
-
-    def _factors(self) -> tuple[jax.Array, jax.Array]:
-        """The data that a parameter meets, and the cotangent; `[env, ...]`."""
-        ((data,),), ((cotangent,),) = self.left_behind()
-        return data, cotangent
+    def combine(self, weights: EnvWeights) -> list[jax.Array]:
+        return self.sums([MEAN], weights)[MEAN]
 
     def _in_layout(self, total: jax.Array) -> jax.Array:
         (use,), (leaf,) = self.group.uses, self.group.leaves
         return in_layout(self.traced, use.operands[0], leaf, total)
-
-
-def _sides(use: Use) -> tuple[Any, ...]:
-    """Contracted and batch axes of parameter and data, and the data's other axes."""
-    contract, batch = use.eqn.params["dimension_numbers"]
-    mine, other = use.side, 1 - use.side
-    ndim = use.eqn.invars[other].aval.ndim
-    free = [i for i in range(ndim) if i not in (*contract[other], *batch[other])]
-    return contract[mine], batch[mine], contract[other], batch[other], free
 
 
 def _outer(
@@ -126,7 +93,7 @@ def _outer(
     precision: Any,
 ) -> jax.Array:
     """Sums the products of all environments, in the layout of the parameter."""
-    mine_contract, mine_batch, contract, batch, free = _sides(use)
+    mine_contract, mine_batch, contract, batch, free = sides(use)
     ndim = use.eqn.invars[use.side].aval.ndim
     mine_free = [i for i in range(ndim) if i not in (*mine_contract, *mine_batch)]
     # The output has batch axes, free axes of the left side, those of the right side.
@@ -185,7 +152,7 @@ def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
 
     A CPU multiplies 8 or 16 numbers at once, and so many times 32 signs.
     """
-    mine_contract, mine_batch, contract, batch, free = _sides(use)
+    mine_contract, mine_batch, contract, batch, free = sides(use)
     num_batch, ndim = len(batch), use.eqn.invars[use.side].aval.ndim
     mine_free = [i for i in range(ndim) if i not in (*mine_contract, *mine_batch)]
     left = jnp.transpose(

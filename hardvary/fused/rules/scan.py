@@ -1,21 +1,29 @@
 """The rule for sums of products: a few environments at a time."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from hardvary import sharding
+from hardvary import _validate, sharding
+from hardvary._env_grads.source import flat, inner_products, square_norms
 from hardvary._env_grads.statistics import (
     EnvWeights,
     Statistic,
     Sums,
+    along_envs,
+    present,
     sum_over_envs,
     sums_by_parts,
 )
+from hardvary._typing import AxisName
 from hardvary.fused.rules import convolution
 from hardvary.fused.rules.base import Rule
+from hardvary.fused.rules.factors import DotGeneral, Factors, factors_of
+from hardvary.fused.rules.inner_products import divisor, in_parts
+from hardvary.fused.rules.layout import in_layout
 
 # Environments whose convolutions' gradients are added up at once, on CPU.
 UNROLL = 2
@@ -37,9 +45,9 @@ class Scan(Rule):
             grads = jax.vmap(pull)(saved, cotangents)
             return sum_over_envs(grads, statistics, weights), None
 
-        size = self._at_once(inputs)
+        size = self._at_once()
         # Several in a row are added to the sums in one pass over these.
-        convolved = any(convolution.applies(use) for use in self.group.uses)
+        convolved = self._is_convolved()
         sums, _ = sums_by_parts(
             one if size == 1 else several,
             inputs,
@@ -50,21 +58,98 @@ class Scan(Rule):
         )
         return sums
 
-    def _at_once(self, inputs: Any) -> int:
+    def combine(self, weights: EnvWeights) -> list[jax.Array]:
+        left_behind = self.left_behind()
+        narrow = any(
+            jnp.issubdtype(leaf.dtype, jnp.inexact) and jnp.finfo(leaf.dtype).bits < 32
+            for leaf in jax.tree.leaves(left_behind)
+        )
+        if isinstance(self.factors, DotGeneral):
+            (use,), (leaf,) = self.group.uses, self.group.leaves
+            data, cotangent = (present(x, weights) for x in self._pair())
+            dtype = _validate.wide(self.leaves[0].dtype)
+            cotangent = cotangent.astype(_validate.wide(cotangent.dtype))
+            cotangent *= along_envs(weights.values, cotangent).astype(cotangent.dtype)
+            precision = use.eqn.params["precision"]
+            total = self.factors.sum(data, cotangent, dtype, precision)
+            return [in_layout(self.traced, use.operands[0], leaf, total)]
+        # Sums in a narrow type would round, and may leave its range.
+        if narrow or (self._is_convolved() and sharding.on_cpu()):
+            return super().combine(weights)
+        return self.pull_sum(*left_behind, weights)
+
+    def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
+        size = sum(leaf.size for leaf in self.leaves)
+        held = self.num_envs * size <= self.elements()
+        if self.factors is None or (self._is_convolved() and held):
+            if axis_name is None and not held:
+                return self._gramian_by_blocks()
+            grads = self._of_envs(lambda grad: grad)
+            return [inner_products(sharding.all_rows(x, axis_name)) for x in grads]
+        data, cotangent = (sharding.all_rows(x, axis_name) for x in self._pair())
+        factors = self.factors.of(len(data))
+        return [factors.gramian(data, cotangent, self.elements())]
+
+    def square_norms(self) -> list[jax.Array]:
+        if self.factors is None or self._is_convolved():
+            return self._of_envs(square_norms)
+        return [self.factors.square_norms(*self._pair(), self.elements())]
+
+    def _of_envs(self, function: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+        """`function` of gradients `[env, ...]`, of as many environments as fit."""
+
+        def some(left_behind: Any) -> list[jax.Array]:
+            return [function(grad) for grad in jax.vmap(self.pull())(*left_behind)]
+
+        return in_parts(some, self.left_behind(), self._at_once())
+
+    def _is_convolved(self) -> bool:
+        return any(convolution.applies(use) for use in self.group.uses)
+
+    @functools.cached_property
+    def factors(self) -> Factors | None:
+        """Of the only parameter in its only use, None where these are not known."""
+        if len(self.group.uses) > 1 or len(self.group.leaves) > 1:
+            return None
+        return factors_of(self.traced.program, self.group.uses[0], self.num_envs)
+
+    def _pair(self) -> tuple[jax.Array, jax.Array]:
+        """The data that a parameter meets, and the cotangent; `[env, ...]`."""
+        ((data,),), ((cotangent,),) = self.left_behind()
+        return data, cotangent
+
+    def _block(self) -> int:
+        """Number of environments whose gradients may be held at once."""
+        size = sum(leaf.size for leaf in self.leaves)
+        return divisor(self.num_envs, self.elements() // max(size, 1))
+
+    def _gramian_by_blocks(self) -> list[jax.Array]:
+        """A block of environments with another, gradients computed again for each."""
+        grads_of, left_behind = jax.vmap(self.pull()), self.left_behind()
+        # Two blocks meet.
+        size = divisor(self.num_envs, max(self._block() // 2, 1))
+        if self._block() == self.num_envs:
+            return [inner_products(grad) for grad in grads_of(*left_behind)]
+
+        def rows(block: Any) -> list[jax.Array]:
+            mine = [flat(grad) for grad in grads_of(*block)]
+
+            def columns(other: Any) -> list[jax.Array]:
+                theirs = [flat(grad) for grad in grads_of(*other)]
+                return [
+                    jnp.matmul(b, a.T, precision=jax.lax.Precision.HIGHEST)
+                    for a, b in zip(mine, theirs, strict=True)
+                ]
+
+            return [part.T for part in in_parts(columns, left_behind, size)]
+
+        return in_parts(rows, left_behind, size)
+
+    def _at_once(self) -> int:
         """Number of environments to take together."""
         # One at a time stays in a CPU's cache and leaves an accelerator idle: there, as
         # many as need no more memory than what was left behind and two copies of all
         # parameters.
         if sharding.on_cpu():
             return 1
-        elements = sum(leaf.size for leaf in jax.tree.leaves(inputs))
-        elements += 2 * sum(np.size(leaf) for leaf in self.traced.leaves)
-        gradient = sum(leaf.size for leaf in self.leaves)
-        return _divisor(self.num_envs, elements // max(gradient, 1))
-
-
-def _divisor(number: int, at_most: int) -> int:
-    """The largest divisor of `number` up to a bound, at least 1."""
-    return max(
-        d for d in range(1, number + 1) if number % d == 0 and d <= max(at_most, 1)
-    )
+        return self._block()

@@ -12,6 +12,7 @@ from hardvary._env_grads.statistics import (
     Sums,
     zero_sum,
 )
+from hardvary._typing import AxisName
 from hardvary.fused.rules.base import Rule
 
 
@@ -31,6 +32,9 @@ class Unused(Rule):
             jnp.zeros((self.num_envs, *leaf.shape), leaf.dtype) for leaf in self.leaves
         ]
 
-    def gramian(self) -> list[jax.Array]:
-        shape = (self.num_envs, self.num_envs)
+    def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
+        num_envs = self.num_envs
+        if axis_name is not None:
+            num_envs *= jax.lax.axis_size(axis_name)
+        shape = (num_envs, num_envs)
         return [jnp.zeros(shape, _validate.wide(leaf.dtype)) for leaf in self.leaves]

@@ -1,0 +1,274 @@
+"""The factors that a parameter's gradients are sums of outer products of.
+
+Of one layout, whatever axes a `dot_general` contracts and a convolution slides over:
+`[env, batch, row, input]` from the data and `[env, batch, row, output]` from the
+cotangents, where batch are entries that both have, and every row is an outer product.
+"""
+
+import abc
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hardvary import _validate
+from hardvary.fused.program import Program
+from hardvary.fused.rules import convolution, inner_products, layout
+from hardvary.fused.rules.inner_products import Sizes
+from hardvary.fused.uses import Use
+
+
+class Factors(abc.ABC):
+    """Of one use of one parameter, whose entries it takes as they are, rearranged.
+
+    Attributes:
+      sizes: of the factors.
+    """
+
+    sizes: Sizes
+
+    def __init__(self, use: Use) -> None:
+        self._use = use
+
+    def of(self, num_envs: int) -> "Factors":
+        """The same of another number of environments."""
+        result = copy.copy(self)
+        result.sizes = dataclasses.replace(self.sizes, num_envs=num_envs)
+        return result
+
+    @abc.abstractmethod
+    def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        """`[env, env]` of what a pass left behind.
+
+        Args:
+          data: `[env, *steps, ...]`, the other argument of the use.
+          cotangent: `[env, *steps, ...]`, of its output.
+          elements: number of elements that may be held at once.
+        """
+
+    @abc.abstractmethod
+    def square_norms(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        """The diagonal of `gramian`, `[env]`."""
+
+
+def factors_of(program: Program, use: Use, num_envs: int) -> Factors | None:
+    """The factors of a use, None where it is no sum of outer products of two."""
+    takes = {"dot_general": DotGeneral, "conv_general_dilated": _Convolution}
+    if use.primitive not in takes or use.side < 0 or not is_real(use):
+        return None
+    if use.primitive == "conv_general_dilated" and not convolution.applies(use):
+        return None
+    if len(use.operands) != 1 or not layout.is_rearranged(program, use.operands[0]):
+        return None
+    factors = takes[use.primitive](use, num_envs)
+    return factors if all(dataclasses.astuple(factors.sizes)) else None
+
+
+def is_real(use: Use) -> bool:
+    """Whether signs are what they seem: the real part of a product has no factors."""
+    operand = use.eqn.invars[use.side].aval
+    results = [var.aval for var in use.eqn.outvars]
+    others = [
+        var.aval
+        for i, var in enumerate(use.eqn.invars)
+        if i != use.side and not jnp.issubdtype(var.aval.dtype, jnp.integer)
+    ]
+    return all(
+        jnp.issubdtype(aval.dtype, jnp.floating)
+        for aval in (operand, *results, *others)
+    )
+
+
+def sides(use: Use) -> tuple[Any, ...]:
+    """Contracted and batch axes of parameter and data, and the data's other axes."""
+    contract, batch = use.eqn.params["dimension_numbers"]
+    mine, other = use.side, 1 - use.side
+    ndim = use.eqn.invars[other].aval.ndim
+    free = [i for i in range(ndim) if i not in (*contract[other], *batch[other])]
+    return contract[mine], batch[mine], contract[other], batch[other], free
+
+
+class DotGeneral(Factors):
+    """Of a `dot_general`."""
+
+    def __init__(self, use: Use, num_envs: int) -> None:
+        super().__init__(use)
+        mine_contract, mine_batch, contract, batch, free = sides(use)
+        data = use.eqn.invars[1 - use.side].aval.shape
+        mine = use.eqn.invars[use.side].aval.shape
+        size = lambda shape, axes: math.prod(shape[axis] for axis in axes)  # noqa: E731
+        self.sizes = Sizes(
+            num_envs,
+            size(data, batch),
+            size(data, free) * math.prod(use.steps),
+            size(data, contract),
+            math.prod(mine) // max(size(mine, (*mine_contract, *mine_batch)), 1),
+        )
+
+    def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        by_rows = inner_products.gramian_form(self.sizes)[0] == "rows"
+        way = (
+            inner_products.gramian_by_rows
+            if by_rows
+            else inner_products.gramian_by_tiles
+        )
+        return way(*self.rearranged(data, cotangent), elements)
+
+    def square_norms(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        by_rows = inner_products.norms_form(self.sizes)[0] == "rows"
+        way = (
+            inner_products.square_norms_by_rows
+            if by_rows
+            else inner_products.square_norms_by_tiles
+        )
+        return way(*self.rearranged(data, cotangent), elements)
+
+    def rearranged(self, data: Any, cotangent: Any) -> tuple[jax.Array, jax.Array]:
+        """The factors, in at least float32."""
+        use, sizes = self._use, self.sizes
+        _, _, contract, batch, free = sides(use)
+        skip = 1 + len(use.steps)
+        front = range(1, skip)
+        up = lambda axes: [axis + skip for axis in axes]  # noqa: E731
+        num_batch = len(batch)
+        # Batch axes come first in the output, then the free ones of the left side.
+        rows = range(num_batch, num_batch + len(free))
+        if use.side == 0:
+            ndim = use.eqn.outvars[0].aval.ndim
+            rows = range(ndim - len(free), ndim)
+        others = [
+            axis
+            for axis in range(num_batch, use.eqn.outvars[0].aval.ndim)
+            if axis not in rows
+        ]
+        left = jnp.transpose(data, (0, *up(batch), *front, *up(free), *up(contract)))
+        right = jnp.transpose(
+            cotangent, (0, *up(range(num_batch)), *front, *up(rows), *up(others))
+        )
+        dtype = _wider(left, right)
+        leading = (len(left), sizes.batch, sizes.rows)
+        return (
+            left.reshape(*leading, sizes.inputs).astype(dtype),
+            right.reshape(*leading, sizes.outputs).astype(dtype),
+        )
+
+    def sum(self, data: Any, cotangent: Any, dtype: Any, precision: Any) -> jax.Array:
+        """The sum of all outer products, in the layout in which the use takes it."""
+        left, right = self.rearranged(data, cotangent)
+        product = jnp.einsum(
+            "ebri,ebro->bio",
+            left.astype(dtype),
+            right.astype(dtype),
+            precision=precision,
+        )
+        use = self._use
+        mine_contract, mine_batch, *_ = sides(use)
+        shape = use.eqn.invars[use.side].aval.shape
+        mine_free = [
+            i for i in range(len(shape)) if i not in (*mine_contract, *mine_batch)
+        ]
+        axes = [*mine_batch, *mine_contract, *mine_free]
+        product = product.reshape([shape[axis] for axis in axes])
+        return jnp.transpose(product, [axes.index(axis) for axis in range(len(axes))])
+
+
+class _Convolution(Factors):
+    """Of a convolution: every place of its window is a parameter with its own data."""
+
+    def __init__(self, use: Use, num_envs: int) -> None:
+        super().__init__(use)
+        kernel = use.eqn.invars[1].aval
+        (out,) = (var.aval for var in use.eqn.outvars)
+        params = use.eqn.params
+        numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+        out_axis, in_axis, *window = numbers.rhs_spec
+        rows = out.size // max(out.shape[numbers.out_spec[1]], 1)
+        self.sizes = Sizes(
+            num_envs,
+            groups,
+            rows,
+            kernel.shape[in_axis],
+            kernel.shape[out_axis] // groups,
+            math.prod(kernel.shape[axis] for axis in window),
+        )
+
+    def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        by_rows = inner_products.gramian_form(self.sizes)[0] == "rows"
+        if by_rows:
+            left, right = self._lined_up(data, cotangent)
+            return inner_products.gramian_by_rows(left, right, elements)
+        return self._by_pieces(
+            inner_products.gramian_by_tiles, data, cotangent, elements
+        )
+
+    def square_norms(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        by_rows = inner_products.norms_form(self.sizes)[0] == "rows"
+        if by_rows:
+            left, right = self._lined_up(data, cotangent)
+            return inner_products.square_norms_by_rows(left, right, elements)
+        return self._by_pieces(
+            inner_products.square_norms_by_tiles, data, cotangent, elements
+        )
+
+    def _pieces(self, data: Any, cotangent: Any) -> convolution.Pieces:
+        dtype = _wider(data, cotangent)
+        numbers = self._use.eqn.params["dimension_numbers"]
+        shape = self._use.eqn.invars[1].aval.shape
+
+        def together(array: Any, batch: int) -> jax.Array:
+            """Environments as further examples."""
+            array = jnp.moveaxis(array.astype(dtype), 0, batch)
+            before, after = array.shape[:batch], array.shape[batch + 2 :]
+            examples = array.shape[batch] * array.shape[batch + 1]
+            return array.reshape(*before, examples, *after)
+
+        return convolution.Pieces(
+            together(data, numbers.lhs_spec[0]),
+            together(cotangent, numbers.out_spec[0]),
+            self._use.eqn.params,
+            shape,
+        )
+
+    def _by_env(self, array: jax.Array, num_envs: int) -> jax.Array:
+        """[(env, row), group, n] -> [env, group, row, n]."""
+        array = array.reshape(num_envs, -1, *array.shape[1:])
+        return jnp.swapaxes(array, 1, 2)
+
+    def _lined_up(self, data: Any, cotangent: Any) -> tuple[jax.Array, jax.Array]:
+        pieces, num_envs = self._pieces(data, cotangent), len(data)
+        left = [self._by_env(pieces.at(start), num_envs) for start in pieces.starts]
+        return jnp.concatenate(left, axis=3), self._by_env(pieces.right, num_envs)
+
+    def _by_pieces(
+        self, way: Any, data: Any, cotangent: Any, elements: int
+    ) -> jax.Array:
+        pieces, num_envs = self._pieces(data, cotangent), len(data)
+        right = self._by_env(pieces.right, num_envs)
+        starts = convolution.in_a_loop(pieces.starts)
+        count = len(pieces.starts)
+        tile = (right.size // self.sizes.rows) * self.sizes.inputs
+        # Together no larger than the cotangents, and products of matrices that are not
+        # too narrow.
+        together = min(self.sizes.outputs // self.sizes.inputs, elements // tile)
+        size = inner_products.divisor(count, together)
+
+        def of(part: Any) -> jax.Array:
+            left = [
+                self._by_env(pieces.at([starts[i] for starts in part]), num_envs)
+                for i in range(size)
+            ]
+            return way(jnp.concatenate(left, axis=3), right, elements)
+
+        parts = [axis.reshape(count // size, size) for axis in starts]
+        if size == count:
+            return of([[int(i) for i in axis] for axis in starts])
+        return inner_products.sum_over(of, parts, (data, right))
+
+
+def _wider(*arrays: jax.Array) -> Any:
+    """The widest dtype of all, at least float32."""
+    dtypes = [_validate.wide(array.dtype) for array in arrays]
+    return max(dtypes, key=lambda dtype: dtype.itemsize)

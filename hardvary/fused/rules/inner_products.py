@@ -1,0 +1,210 @@
+"""Inner products of gradients that are sums of outer products, without stacking them.
+
+With `g_e = sum_r a_er d_er^T`, `a` from the data and `d` from the cotangents,
+
+    <g_e, g_f> = sum_rs (a_er . a_fs) (d_er . d_fs),
+
+which needs no gradient at all: the best way where environments have few rows. Where
+they have many, a tile of the gradients is made at a time, for all environments.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hardvary import sharding
+
+# Elements of a product of rows cost more than their two factors: two more passes.
+_PER_PAIR = 4
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of a parameter's factors.
+
+    Attributes:
+      num_envs: number of environments.
+      batch: entries of the parameter's axes that data and cotangents have, too.
+      rows: outer products in an environment's gradient.
+      inputs, outputs: rows and columns of each.
+      pieces: parameters of these sizes, with other data each.
+    """
+
+    num_envs: int
+    batch: int
+    rows: int
+    inputs: int
+    outputs: int
+    pieces: int = 1
+
+    def by_rows(self, pairs: int) -> int:
+        """Multiplications for that many pairs of environments, row by row."""
+        per_pair = self.pieces * self.inputs + self.outputs + _PER_PAIR
+        return pairs * self.batch * self.rows**2 * per_pair
+
+    def by_tiles(self, pairs: int) -> int:
+        """Multiplications for that many pairs of environments, tile by tile."""
+        size = self.pieces * self.batch * self.inputs * self.outputs
+        return size * (self.num_envs * self.rows + pairs)
+
+
+Form = Literal["rows", "tiles"]
+
+
+def gramian_form(sizes: Sizes) -> tuple[Form, int]:
+    """The way of `gramian` with fewer multiplications, and their number."""
+    return _cheaper(sizes, sizes.num_envs**2)
+
+
+def norms_form(sizes: Sizes) -> tuple[Form, int]:
+    """The way of `square_norms` with fewer multiplications, and their number."""
+    return _cheaper(sizes, sizes.num_envs)
+
+
+def _cheaper(sizes: Sizes, pairs: int) -> tuple[Form, int]:
+    by_rows, by_tiles = sizes.by_rows(pairs), sizes.by_tiles(pairs)
+    return ("rows", by_rows) if by_rows <= by_tiles else ("tiles", by_tiles)
+
+
+def gramian_by_rows(left: jax.Array, right: jax.Array, elements: int) -> jax.Array:
+    """`[env, env]` from `[env, batch, row, input]` and `[env, batch, row, output]`.
+
+    Args:
+      left: of the data, in the dtype of the result.
+      right: of the cotangents.
+      elements: number of elements that may be held at once.
+    """
+    num_envs, batch, rows, _ = left.shape
+    pairs = batch * rows * rows * num_envs
+    size = divisor(num_envs, elements // max(2 * pairs, 1))
+
+    def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        of_left = _einsum("ebri,fbsi->berfs", part[0], left)
+        of_right = _einsum("ebro,fbso->berfs", part[1], right)
+        return jnp.sum(of_left * of_right, axis=(0, 2, 4))
+
+    return in_parts(some, (left, right), size)
+
+
+def gramian_by_tiles(left: jax.Array, right: jax.Array, elements: int) -> jax.Array:
+    """As `gramian_by_rows`."""
+
+    def of_tile(tile: jax.Array) -> jax.Array:
+        flat = tile.reshape(len(tile), -1)
+        return jnp.matmul(flat, flat.T, precision=_HIGHEST)
+
+    return _over_tiles(of_tile, left, right, elements)
+
+
+def square_norms_by_rows(left: jax.Array, right: jax.Array, elements: int) -> jax.Array:
+    """The diagonal of `gramian_by_rows`, `[env]`."""
+    num_envs, batch, rows, _ = left.shape
+    size = divisor(num_envs, elements // max(2 * batch * rows * rows, 1))
+
+    def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        if rows == 1:
+            of_left, of_right = (jnp.sum(x * x, axis=3) for x in part)
+            return jnp.sum(of_left * of_right, axis=(1, 2))
+        of_left, of_right = (_einsum("ebri,ebsi->ebrs", x, x) for x in part)
+        return jnp.sum(of_left * of_right, axis=(1, 2, 3))
+
+    return in_parts(some, (left, right), size)
+
+
+def square_norms_by_tiles(
+    left: jax.Array, right: jax.Array, elements: int
+) -> jax.Array:
+    """As `square_norms_by_rows`."""
+
+    def of_tile(tile: jax.Array) -> jax.Array:
+        return jnp.sum(tile * tile, axis=range(1, tile.ndim))
+
+    return _over_tiles(of_tile, left, right, elements)
+
+
+def _over_tiles(
+    function: Callable[[jax.Array], jax.Array],
+    left: jax.Array,
+    right: jax.Array,
+    elements: int,
+) -> jax.Array:
+    """Sums `function` of `[env, ...]`, of all tiles of the gradients."""
+    if left.shape[3] > right.shape[3]:
+        # The longer side is cut.
+        left, right = right, left
+    num_envs, batch, _, inputs = left.shape
+    outputs = right.shape[3]
+    at_most = elements // max(num_envs * batch * inputs, 1)
+    num_tiles = -(-outputs // min(max(at_most, 1), outputs))
+
+    size = -(-outputs // num_tiles)
+
+    def of(columns: jax.Array) -> jax.Array:
+        return function(_einsum("ebri,ebro->ebio", left, columns))
+
+    def at(start: jax.Array) -> jax.Array:
+        return of(jax.lax.dynamic_slice_in_dim(right, start, size, axis=3))
+
+    # Cut where they are: tiles in a row of their own would be a copy of everything.
+    whole, rest = divmod(outputs, size)
+    if whole == 1 and not rest:
+        return of(right)
+    total = sum_over(at, np.arange(whole, dtype=np.uint32) * size, (left, right))
+    return total + of(right[..., whole * size :]) if rest else total
+
+
+def in_parts(function: Callable[[Any], Any], inputs: Any, size: int) -> Any:
+    """`function` of `size` environments at a time, results `[env, ...]` joined."""
+    num_envs = len(jax.tree.leaves(inputs)[0])
+    if size == num_envs:
+        return function(inputs)
+
+    if size == 1:
+        # XLA on CPU copies what is reshaped in front of a loop.
+        one = lambda part: function(jax.tree.map(lambda x: x[None], part))  # noqa: E731
+        return jax.tree.map(lambda x: jnp.squeeze(x, 1), jax.lax.map(one, inputs))
+
+    def split(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(num_envs // size, size, *leaf.shape[1:])
+
+    def join(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(num_envs, *leaf.shape[2:])
+
+    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, inputs)))
+
+
+def sum_over(
+    function: Callable[[Any], jax.Array], parts: Any, others: Any
+) -> jax.Array:
+    """The sum of `function` over axis 0 of `parts`, one after the other.
+
+    Args:
+      function: of a part.
+      parts: leaves with one more axis in front.
+      others: arrays that it closes over.
+    """
+
+    def body(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
+        return total + function(part), None
+
+    like = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], parts))
+    zeros = sharding.vary_like(jnp.zeros(like.shape, like.dtype), (parts, others))
+    total, _ = jax.lax.scan(body, zeros, parts)
+    return total
+
+
+def divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` up to a bound, at least 1."""
+    return max(
+        d for d in range(1, number + 1) if number % d == 0 and d <= max(at_most, 1)
+    )
+
+
+def _einsum(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    # The default of accelerators rounds the factors.
+    return jnp.einsum(formula, left, right, precision=_HIGHEST)

@@ -1,0 +1,108 @@
+"""Inner products of sums of outer products, by every way to them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hardvary
+from hardvary.fused import rules
+from hardvary.fused.rules import inner_products
+from tests.fused._answers import make_env_oracle
+from tests.fused._models import build
+from tests.fused.test_zoo import SIGNED, WEIGHTS, check_env_grads
+from tests.zoo import compile_quickly, poison
+
+GRAMIANS = [inner_products.gramian_by_rows, inner_products.gramian_by_tiles]
+NORMS = [inner_products.square_norms_by_rows, inner_products.square_norms_by_tiles]
+# Environments, batch, rows, inputs, outputs; columns that no tile divides among them.
+SIZES = [(6, 1, 1, 3, 5), (4, 2, 3, 7, 2), (1, 1, 2, 1, 1), (5, 3, 1, 2, 11)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_way_at_every_budget_equals_the_products_of_stacked_gradients(sizes):
+    num_envs, batch, num_rows, inputs, outputs = sizes
+    rng = np.random.default_rng(sizes)
+    left = rng.normal(size=(num_envs, batch, num_rows, inputs))
+    right = rng.normal(size=(num_envs, batch, num_rows, outputs))
+    stacked = np.einsum("ebri,ebro->ebio", left, right).reshape(num_envs, -1)
+    expected = stacked @ stacked.T
+
+    @compile_quickly
+    def run(left, right):
+        return [
+            (
+                [way(left, right, elements) for way in GRAMIANS],
+                [way(left, right, elements) for way in NORMS],
+            )
+            for elements in (0, 17, 40, 10**6)
+        ]
+
+    for gramians, squares in run(*(jnp.asarray(x, jnp.float32) for x in (left, right))):
+        for gramian in gramians:
+            np.testing.assert_allclose(gramian, expected, rtol=1e-4, atol=1e-4)
+        for square in squares:
+            np.testing.assert_allclose(square, np.diag(expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["rows", "tiles"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense_one_row",
+        "dense_several_rows",
+        "dense_of_every_head",
+        "bilinear",
+        "conv_2d_every_dilation",
+        "conv_2d_depthwise",
+        "gru_by_scan",
+        "bfloat16_products_summed_in_float32",
+    ],
+)
+def test_models_by_the_way_that_is_not_the_cheaper_one(name, form, monkeypatch):
+    monkeypatch.setattr(rules, "SMALL", 0)
+    monkeypatch.setattr(inner_products, "_cheaper", lambda *_: (form, 0))
+    monkeypatch.setattr(rules.Rule, "elements", lambda rule: 30)
+    params, _, batch = build(name)
+    batch = poison(batch, int(np.argmin(WEIGHTS)))
+    result = compile_quickly(make_env_oracle(name))(params, batch, SIGNED, WEIGHTS)
+    check_env_grads(name, result, WEIGHTS)
+
+
+def test_the_way_is_chosen_by_multiplications():
+    sizes = inner_products.Sizes(80, 1, 2, 512, 512)
+    assert inner_products.gramian_form(sizes)[0] == "rows"
+    many = inner_products.Sizes(16, 1, 256, 128, 512)
+    assert inner_products.gramian_form(many) == (
+        "tiles",
+        128 * 512 * (16 * 256 + 16**2),
+    )
+    # One environment with all: its own rows alone.
+    assert inner_products.norms_form(many)[1] < inner_products.gramian_form(many)[1]
+
+
+def dense(params, x):
+    return jnp.mean(jnp.square(jnp.sin(x @ params)))
+
+
+def convolved(params, x):
+    return jnp.mean(jnp.square(jax.lax.conv(x, params, (1, 1), "SAME")))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "shape", "batch"),
+    [(dense, (128, 64), (64, 16, 128)), (convolved, (64, 64, 3, 3), (64, 1, 64, 4, 4))],
+    ids=["dense", "convolution"],
+)
+def test_gramian_and_norms_take_less_memory_than_stacked_gradients(
+    loss_fn, shape, batch
+):
+    def ask(params, batch):
+        grad = hardvary.env_grads(loss_fn)(params, batch)
+        weights = 1 / grad.norms()
+        return grad.gramian(), grad.combine(weights)
+
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, batch)]
+    compiled = compile_quickly(ask).lower(*arguments).compile()
+    stacked = 4 * batch[0] * np.prod(shape)
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * stacked
