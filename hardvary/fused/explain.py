@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _validate
-from hardvary.fused.rules import decisions
+from hardvary.fused.rules import bound_rules, decisions
 from hardvary.fused.traced import Traced
 
 
@@ -22,6 +22,12 @@ class ParameterRule:
       rule: `"product"`, `"lookup"`, `"stack"`, `"scan"` or `"unused"`.
       reason: why this rule.
       stacked_bytes: memory that the gradients of all environments would take.
+      gramian: how its inner products are taken: `"rows"`, from the factors alone;
+        `"tiles"`, a piece of all environments' gradients at a time; `"matching rows"`
+        of a table; `"stacked"`; `"blocks"`, some environments' gradients at a time,
+        computed again for each pair of blocks; `"none"`, they are zero.
+      gramian_products: multiplications that this takes, beside forward and backward
+        pass; of all parameters that are computed together.
     """
 
     path: str
@@ -29,6 +35,8 @@ class ParameterRule:
     rule: str
     reason: str
     stacked_bytes: int
+    gramian: str
+    gramian_products: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +50,14 @@ class Explanation:
     parameters: tuple[ParameterRule, ...]
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "rule", "reason", "stacked")]
+        rows = [("parameter", "shape", "rule", "reason", "gramian", "stacked")]
         rows += [
             (
                 row.path,
                 "x".join(map(str, row.shape)) or "scalar",
                 row.rule,
                 row.reason,
+                row.gramian,
                 f"{row.stacked_bytes / 2**20:.2g} MiB",
             )
             for row in self.parameters
@@ -62,6 +71,11 @@ class Explanation:
 
 def explanation(traced: Traced) -> Explanation:
     decision_of = {i: d for d in decisions(traced) for i in d.group.leaves}
+    forms = {
+        i: rule.gramian_form()
+        for rule in bound_rules(traced)
+        for i in rule.group.leaves
+    }
     paths = jax.tree.leaves_with_path(jax.tree.unflatten(traced.tree, traced.leaves))
     return Explanation(
         tuple(
@@ -73,6 +87,7 @@ def explanation(traced: Traced) -> Explanation:
                 traced.num_envs
                 * math.prod(np.shape(leaf))
                 * jnp.result_type(leaf).itemsize,
+                *forms[i],
             )
             for i, (path, leaf) in enumerate(paths)
         )

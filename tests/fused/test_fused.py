@@ -134,7 +134,9 @@ def test_explain_prints_a_line_for_every_parameter():
     params = {"scale": shape_of(), "unused": shape_of(3), "w": shape_of(4, 5)}
     text = str(hardvary.explain(loss, params, shape_of(NUM_ENVS, 4)))
     lines = text.splitlines()
-    assert lines[0].split() == ["parameter", "shape", "rule", "reason", "stacked"]
+    assert lines[0].split() == [
+        *("parameter", "shape", "rule", "reason", "gramian", "stacked")
+    ]
     assert len(lines) == 1 + len(params)
     assert len({len(line) for line in lines}) == 1
     assert "scalar" in lines[1]

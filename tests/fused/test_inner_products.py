@@ -106,3 +106,22 @@ def test_gramian_and_norms_take_less_memory_than_stacked_gradients(
     compiled = compile_quickly(ask).lower(*arguments).compile()
     stacked = 4 * batch[0] * np.prod(shape)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * stacked
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "shape", "batch", "form", "products"),
+    [
+        (dense, (300, 40), (8, 1, 300), "rows", 64 * (300 + 40 + 4)),
+        (dense, (300, 40), (8, 64, 300), "tiles", 300 * 40 * (8 * 64 + 64)),
+        (convolved, (8, 8, 3, 3), (8, 1, 8, 9, 9), "stacked", 64 * 576),
+        (lambda p, x: jnp.sum(jnp.sin(p) * x), (7,), (8, 7), "stacked", 64 * 7),
+        (lambda p, x: jnp.sum(x), (7,), (8, 7), "none", 0),
+    ],
+    ids=["one row", "many rows", "convolution", "small", "unused"],
+)
+def test_explain_says_how_inner_products_are_taken(
+    loss_fn, shape, batch, form, products
+):
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, batch)]
+    (row,) = hardvary.explain(loss_fn, *arguments).parameters
+    assert (row.gramian, row.gramian_products) == (form, products)

@@ -1,7 +1,7 @@
 """What the rules of the fused oracle share."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,11 @@ from hardvary.fused.program import Bindings, Value
 from hardvary.fused.rules import convolution
 from hardvary.fused.traced import Traced
 from hardvary.fused.uses import Use
+
+# Products of the factors' rows; of tiles of the gradients; of the rows of a table that
+# two environments share; of gradients that are stacked, or held for some environments
+# at a time; nothing, where there are no gradients.
+GramianForm = Literal["rows", "tiles", "matching rows", "stacked", "blocks", "none"]
 
 
 class Rule(Source):
@@ -41,6 +46,15 @@ class Rule(Source):
 
     def stack(self) -> list[jax.Array]:
         return jax.vmap(self.pull())(*self.left_behind())
+
+    def gramian_form(self) -> tuple[GramianForm, int]:
+        """How `gramian` goes about it, and its multiplications."""
+        return "stacked", self.num_envs**2 * self.size
+
+    @property
+    def size(self) -> int:
+        """Number of components of the group's parameters."""
+        return sum(leaf.size for leaf in self.leaves)
 
     def left_behind(self) -> tuple[list[Any], list[Any]]:
         """Saved values and cotangents of all uses, leaves `[env, ...]`."""

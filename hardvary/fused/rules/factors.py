@@ -39,6 +39,10 @@ class Factors(abc.ABC):
         result.sizes = dataclasses.replace(self.sizes, num_envs=num_envs)
         return result
 
+    def gramian_form(self) -> tuple[inner_products.Form, int]:
+        """The way that `gramian` takes, and its multiplications."""
+        return inner_products.gramian_form(self.sizes)
+
     @abc.abstractmethod
     def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         """`[env, env]` of what a pass left behind.
@@ -109,7 +113,7 @@ class DotGeneral(Factors):
         )
 
     def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
-        by_rows = inner_products.gramian_form(self.sizes)[0] == "rows"
+        by_rows = self.gramian_form()[0] == "rows"
         way = (
             inner_products.gramian_by_rows
             if by_rows
@@ -196,7 +200,7 @@ class _Convolution(Factors):
         )
 
     def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
-        by_rows = inner_products.gramian_form(self.sizes)[0] == "rows"
+        by_rows = self.gramian_form()[0] == "rows"
         if by_rows:
             left, right = self._lined_up(data, cotangent)
             return inner_products.gramian_by_rows(left, right, elements)

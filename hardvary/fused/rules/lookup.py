@@ -10,7 +10,7 @@ from hardvary import _validate, sharding
 from hardvary._env_grads.source import inner_products
 from hardvary._env_grads.statistics import EnvWeights, Statistic, Sums, present
 from hardvary._typing import AxisName
-from hardvary.fused.rules.base import Rule
+from hardvary.fused.rules.base import GramianForm, Rule
 from hardvary.fused.rules.inner_products import divisor, in_parts, sum_over
 from hardvary.fused.rules.layout import in_layout
 from hardvary.fused.uses import Use
@@ -92,7 +92,7 @@ class Lookup(Rule):
         rows = jnp.where((indices < table_rows)[..., None], rows, 0)
         indices, rows = (sharding.all_rows(x, axis_name) for x in (indices, rows))
         num_envs, num_rows, features = rows.shape
-        if num_rows**2 <= table_rows:
+        if self.gramian_form()[0] == "matching rows":
             return [self._matching(indices, rows)]
 
         def of_tile(tile: jax.Array) -> jax.Array:
@@ -104,6 +104,13 @@ class Lookup(Rule):
         size = divisor(features, at_most)
         tiles = rows.reshape(num_envs, num_rows, features // size, size)
         return [sum_over(of_tile, jnp.moveaxis(tiles, 2, 0), indices)]
+
+    def gramian_form(self) -> tuple[GramianForm, int]:
+        (use,) = self.group.uses
+        num_rows, (table_rows, *features) = lookups(use), use.eqn.invars[0].aval.shape
+        pairs = self.num_envs**2 * math.prod(features)
+        matching, tiles = (num_rows or 0) ** 2 * pairs, table_rows * pairs
+        return ("matching rows", matching) if matching <= tiles else ("tiles", tiles)
 
     def _matching(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
         """`[env, env]`, of the rows that two environments both looked up."""

@@ -20,7 +20,7 @@ from hardvary._env_grads.statistics import (
 )
 from hardvary._typing import AxisName
 from hardvary.fused.rules import convolution
-from hardvary.fused.rules.base import Rule
+from hardvary.fused.rules.base import GramianForm, Rule
 from hardvary.fused.rules.factors import DotGeneral, Factors, factors_of
 from hardvary.fused.rules.inner_products import divisor, in_parts
 from hardvary.fused.rules.layout import in_layout
@@ -79,16 +79,22 @@ class Scan(Rule):
         return self.pull_sum(*left_behind, weights)
 
     def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
-        size = sum(leaf.size for leaf in self.leaves)
-        held = self.num_envs * size <= self.elements()
-        if self.factors is None or (self._is_convolved() and held):
-            if axis_name is None and not held:
+        (form, _), factors = self.gramian_form(), self.factors
+        if factors is None or form in ("stacked", "blocks"):
+            if axis_name is None and form == "blocks":
                 return self._gramian_by_blocks()
             grads = self._of_envs(lambda grad: grad)
             return [inner_products(sharding.all_rows(x, axis_name)) for x in grads]
         data, cotangent = (sharding.all_rows(x, axis_name) for x in self._pair())
-        factors = self.factors.of(len(data))
+        factors = factors.of(len(data))
         return [factors.gramian(data, cotangent, self.elements())]
+
+    def gramian_form(self) -> tuple[GramianForm, int]:
+        held = self.num_envs * self.size <= self.elements()
+        if self.factors is not None and not (self._is_convolved() and held):
+            return self.factors.gramian_form()
+        form, products = super().gramian_form()
+        return form if held else "blocks", products
 
     def square_norms(self) -> list[jax.Array]:
         if self.factors is None or self._is_convolved():
@@ -120,8 +126,7 @@ class Scan(Rule):
 
     def _block(self) -> int:
         """Number of environments whose gradients may be held at once."""
-        size = sum(leaf.size for leaf in self.leaves)
-        return divisor(self.num_envs, self.elements() // max(size, 1))
+        return divisor(self.num_envs, self.elements() // max(self.size, 1))
 
     def _gramian_by_blocks(self) -> list[jax.Array]:
         """A block of environments with another, gradients computed again for each."""

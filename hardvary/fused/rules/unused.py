@@ -13,7 +13,7 @@ from hardvary._env_grads.statistics import (
     zero_sum,
 )
 from hardvary._typing import AxisName
-from hardvary.fused.rules.base import Rule
+from hardvary.fused.rules.base import GramianForm, Rule
 
 
 class Unused(Rule):
@@ -31,6 +31,9 @@ class Unused(Rule):
         return [
             jnp.zeros((self.num_envs, *leaf.shape), leaf.dtype) for leaf in self.leaves
         ]
+
+    def gramian_form(self) -> tuple[GramianForm, int]:
+        return "none", 0
 
     def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
         num_envs = self.num_envs
