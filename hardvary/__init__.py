@@ -17,9 +17,14 @@ from hardvary._env_grads.losses import value_and_env_grads_of_losses
 from hardvary._env_grads.products import combine, gramian, norms
 from hardvary._env_grads.stacked import per_env_grad, value_and_per_env_grad
 from hardvary.aggregators.aggregator import AggregatorState, aggregator
+from hardvary.aggregators.agr_rand import agr_rand
 from hardvary.aggregators.and_mask import and_mask
+from hardvary.aggregators.disjoint_mean import disjoint_mean
 from hardvary.aggregators.geometric_mean import geometric_mean
+from hardvary.aggregators.grad_drop import grad_drop
+from hardvary.aggregators.majority_sign import majority_sign
 from hardvary.aggregators.sand_mask import sand_mask
+from hardvary.aggregators.soft_and_mask import soft_and_mask
 from hardvary.aggregators.weighting import weighting
 from hardvary.aggregators.xor_mask import xor_mask
 from hardvary.decay import add_l1_decay
@@ -44,22 +49,27 @@ __all__ = [
     "TemporalAndMaskState",
     "add_l1_decay",
     "aggregator",
+    "agr_rand",
     "agreement",
     "and_mask",
     "combine",
     "consistency",
+    "disjoint_mean",
     "env_grads",
     "explain",
     "geometric_mean",
+    "grad_drop",
     "grad_stats",
     "gramian",
     "kept_fractions",
+    "majority_sign",
     "mask",
     "norms",
     "objectives",
     "per_env_grad",
     "sand_mask",
     "scale_by_temporal_and_mask_adam",
+    "soft_and_mask",
     "temporal_and_mask",
     "temporal_and_mask_adam",
     "value_and_env_grads",

@@ -33,9 +33,18 @@ AGGREGATORS = {
     "xor_mask": hardvary.xor_mask,
     "geometric_mean": hardvary.geometric_mean,
     "sand_mask": functools.partial(hardvary.sand_mask, sharpness=2.0),
+    "soft_and_mask": hardvary.soft_and_mask,
 }
 # Those whose mask is a function of the agreement alone.
-HARD_MASKS = ("and_mask", "xor_mask", "geometric_mean")
+VOTE_MASKS = ("and_mask", "xor_mask", "geometric_mean", "soft_and_mask")
+
+# Those without a threshold, as functions of keywords such as `axis_name`.
+PLAIN_AGGREGATORS = {
+    "grad_drop": functools.partial(hardvary.grad_drop, 0),
+    "disjoint_mean": hardvary.disjoint_mean,
+    "majority_sign": hardvary.majority_sign,
+    "agr_rand": functools.partial(hardvary.agr_rand, 0),
+}
 
 
 def map_shapes(function, name):
@@ -113,6 +122,18 @@ def jitted_aggregator(name, *, rescale=False, max_rescale=None):
         extra = {} if env_weights is None else {"env_weights": env_weights}
         updates, state = tx.update(grads, tx.init(None), None, **extra)
         return updates, state.kept_fraction
+
+    return run
+
+
+@functools.cache
+def jitted_plain(name):
+    """`(grads, env_weights=None) -> (updates, kept_fraction)`, compiled."""
+
+    @jax.jit
+    def run(grads, env_weights=None):
+        extra = {} if env_weights is None else {"env_weights": env_weights}
+        return aggregate(PLAIN_AGGREGATORS[name](), grads, **extra)
 
     return run
 

@@ -28,7 +28,7 @@ class Case:
     Attributes:
       make: the transformation as a function of its main hyperparameter.
       stacked: whether updates enter with an environment axis.
-      argument: name of that hyperparameter.
+      argument: name of that hyperparameter, None if there is none.
       values: two values that make a difference.
       injected: factory for `optax.inject_hyperparams`, which needs a plain function.
       fixed: other arguments of the factory.
@@ -36,8 +36,8 @@ class Case:
 
     make: Callable[[Any], Any]
     stacked: bool
-    argument: str
-    values: tuple[float, float]
+    argument: str | None
+    values: tuple[Any, Any]
     injected: Callable[..., Any]
     fixed: dict[str, Any]
 
@@ -56,9 +56,9 @@ class Case:
         return jax.tree.map(leaf, params)
 
 
-def case(factory, stacked, argument, values, **fixed):
+def case(factory, stacked, argument=None, values=(None, None), **fixed):
     def make(value):
-        return factory(**{argument: value}, **fixed)
+        return factory(**({} if argument is None else {argument: value}), **fixed)
 
     return Case(make, stacked, argument, values, factory, fixed)
 
@@ -74,6 +74,11 @@ CASES = {
     "sand_mask": case(
         hardvary.sand_mask, True, "threshold", (0.0, 0.75), sharpness=1.0
     ),
+    "soft_and_mask": case(hardvary.soft_and_mask, True, "threshold", (0.0, 0.75)),
+    "grad_drop": case(hardvary.grad_drop, True, "seed", (0, 1)),
+    "disjoint_mean": case(hardvary.disjoint_mean, True),
+    "majority_sign": case(hardvary.majority_sign, True),
+    "agr_rand": case(hardvary.agr_rand, True, "std", (1.0, 2.0), seed=0),
     "temporal_and_mask": case(
         temporal_and_mask_sgd, False, "threshold", (0.5, 1.0), decay=0.5
     ),
@@ -89,6 +94,11 @@ CASES = {
     "add_l1_decay": case(hardvary.add_l1_decay, False, "strength", (0.5, 1.0)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+tunable_cases = pytest.mark.parametrize(
+    "case",
+    [case for case in CASES.values() if case.argument is not None],
+    ids=[name for name, case in CASES.items() if case.argument is not None],
+)
 stacked_cases = pytest.mark.parametrize(
     "case",
     [case for case in CASES.values() if case.stacked],
@@ -212,7 +222,7 @@ def test_transformation_in_partition_acts_on_its_own_leaves(case):
         assert_trees_close(updates[name], alone)
 
 
-@every_case
+@tunable_cases
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_transformation_with_injected_schedule_follows_it(case, jit):
     first, second = case.values
@@ -244,9 +254,9 @@ def test_transformation_with_injected_schedule_follows_it(case, jit):
 def test_transformation_with_injected_defaults_under_jit_runs(case):
     params = make_params("array")
     fixed = {k: v for k, v in case.fixed.items() if not isinstance(v, bool)}
-    tx = optax.inject_hyperparams(case.injected)(
-        **{case.argument: case.values[0]}, **fixed
-    )
+    if case.argument is not None:
+        fixed[case.argument] = case.values[0]
+    tx = optax.inject_hyperparams(case.injected)(**fixed)
     inputs = case.inputs(params)
     updates = first_update(tx, inputs, params)
     expected, _ = tx.update(inputs, tx.init(params), params)

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import hardvary
-from tests._inputs import AGGREGATORS, make_grads, make_params
+from tests._inputs import AGGREGATORS, PLAIN_AGGREGATORS, make_grads, make_params
 
 every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
 in_both_modes = pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
@@ -136,6 +136,60 @@ def test_sand_mask_sharpness_not_positive_raises(value):
 def test_geometric_mean_eps_not_positive_raises(value):
     with raises(ValueError, "eps", "> 0", "got", value):
         hardvary.geometric_mean(0.5, eps=value)
+
+
+def own_drawing_rule(seed):
+    return hardvary.aggregator(lambda stats, key: (stats.mean > 0, key), seed=seed)
+
+
+MAKERS_WITH_SEED = {
+    "grad_drop": hardvary.grad_drop,
+    "agr_rand": hardvary.agr_rand,
+    "aggregator": own_drawing_rule,
+}
+every_seed = pytest.mark.parametrize(
+    "make", MAKERS_WITH_SEED.values(), ids=MAKERS_WITH_SEED
+)
+
+
+@every_seed
+def test_negative_seed_raises(make):
+    with raises(ValueError, "seed", ">= 0", "got -1"):
+        make(-1)
+
+
+@every_seed
+@pytest.mark.parametrize(
+    "value",
+    [0.0, True, "0", np.zeros(2, np.uint32), jnp.zeros(2, jnp.uint32), jnp.float32(0)],
+    ids=["float", "bool", "str", "numpy", "raw_key", "float_array"],
+)
+def test_seed_that_is_no_integer_and_no_key_raises(make, value):
+    with raises(TypeError, "seed", "integer >= 0 or a key", "jax.random.key(0)", "got"):
+        make(value)
+
+
+@pytest.mark.parametrize("make", [hardvary.grad_drop, hardvary.agr_rand])
+def test_seed_none_raises_where_there_is_no_rule_without(make):
+    with raises(TypeError, "seed", "integer >= 0 or a key", "got None"):
+        make(None)
+
+
+def test_aggregator_with_a_seed_and_a_hyperparameter_named_key_raises():
+    with raises(TypeError, "key", "seed", "rename"):
+        hardvary.aggregator(lambda stats, key: None, seed=0, key=1.0)
+
+
+@pytest.mark.parametrize("value", [-0.1, np.nan, np.inf, -1], ids=repr)
+def test_agr_rand_std_negative_or_not_finite_raises(value):
+    with raises(ValueError, "std", "finite and >= 0", "got", float(value)):
+        hardvary.agr_rand(0, std=value)
+
+
+@pytest.mark.parametrize("value", ["0.1", True, 1j, {"w": 0.1}], ids=repr)
+def test_agr_rand_std_that_is_no_real_scalar_raises(value):
+    with raises(TypeError, "std", "real scalar", "got", repr(value)):
+        hardvary.agr_rand(0, std=value)
 
 
 @pytest.mark.parametrize("value", [-0.1, np.nan], ids=repr)
@@ -311,13 +365,19 @@ def test_temporal_and_mask_gradients_of_another_tree_raise():
         ("xor_mask", ("sign",), "mean"),
         ("geometric_mean", ("mean", "sign"), "log_abs"),
         ("sand_mask", ("mean", "sign"), "square"),
+        ("soft_and_mask", ("mean",), "sign"),
+        ("grad_drop", ("mean", "sign"), "abs"),
+        ("disjoint_mean", ("mean", "sign", "abs"), "nonzero"),
+        ("majority_sign", ("mean",), "sign"),
+        ("agr_rand", ("sign",), "mean"),
     ],
 )
 def test_grad_stats_missing_a_statistic_raise(name, held, missing, jit):
     oracle = hardvary.grad_stats(lambda w, x: jnp.sum(w * x), stats=held)
     stats = oracle(jnp.ones(2), jnp.ones((3, 2)))
     with raises(ValueError, name, repr(missing), "grad_stats(loss_fn, stats=", missing):
-        update(AGGREGATORS[name](0.5), stats, jit=jit)
+        tx = PLAIN_AGGREGATORS[name]() if name in PLAIN_AGGREGATORS else None
+        update(tx or AGGREGATORS[name](0.5), stats, jit=jit)
 
 
 def test_agreement_of_grad_stats_without_signs_raises():

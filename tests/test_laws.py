@@ -13,11 +13,13 @@ import hardvary
 from tests._asserts import assert_trees_close, assert_trees_equal, field_of
 from tests._inputs import (
     AGGREGATORS,
-    HARD_MASKS,
+    PLAIN_AGGREGATORS,
     SCALES,
     STATISTICS,
+    VOTE_MASKS,
     aggregate,
     jitted_aggregator,
+    jitted_plain,
     make_grads,
     num_envs_of,
     stacked_grads,
@@ -26,7 +28,8 @@ from tests._inputs import (
 
 thresholds = st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 0.75, 1.0]).map(np.float32)
 every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
-hard_masks = pytest.mark.parametrize("name", HARD_MASKS)
+vote_masks = pytest.mark.parametrize("name", VOTE_MASKS)
+every_plain = pytest.mark.parametrize("name", PLAIN_AGGREGATORS)
 three_envs = stacked_grads(cases=(("nested", 3),))
 
 
@@ -67,7 +70,7 @@ def test_aggregators_on_permuted_environments_change_nothing(
     assert_trees_close(run(permuted, threshold), run(grads, threshold))
 
 
-@hard_masks
+@vote_masks
 @given(grads=stacked_grads(), pair=st.tuples(thresholds, thresholds))
 def test_masks_at_a_higher_threshold_are_nested(name, grads, pair):
     low, high = sorted(pair)
@@ -131,7 +134,7 @@ def test_aggregators_on_flipped_signs_flip_the_update(name, grads, threshold):
     assert kept_fraction == flipped_fraction
 
 
-@hard_masks
+@vote_masks
 @given(
     grads=three_envs,
     threshold=thresholds,
@@ -167,7 +170,7 @@ def test_aggregators_with_a_weightless_environment_ignore_it(
     assert_trees_close(run(padded, threshold, weights), run(grads, threshold))
 
 
-@hard_masks
+@vote_masks
 @given(
     grads=three_envs,
     threshold=thresholds,
@@ -192,7 +195,7 @@ def test_aggregators_with_integer_weights_count_repetitions(name, grads, thresho
     run = jitted_aggregator(name)
     weighted = run(grads, threshold, repeats.astype(np.float32))
     # A soft mask divides by a variance that float32 takes as a difference.
-    rtol = 1e-5 if name in HARD_MASKS else 2e-3
+    rtol = 1e-5 if name in VOTE_MASKS else 2e-3
     assert_trees_close(weighted, run(repeated, threshold), rtol=rtol)
 
 
@@ -317,7 +320,7 @@ def test_aggregators_on_grad_stats_equal_the_stacked_form(
     run = jitted_aggregator(name, rescale=True)
     stats = as_stats(grads, weights, **ROUTES[route])
     expected = run(grads, threshold, weights)
-    rtol = 1e-5 if name in HARD_MASKS else 2e-3
+    rtol = 1e-5 if name in VOTE_MASKS else 2e-3
     assert_trees_close(run(stats, threshold), expected, rtol=rtol)
 
 
@@ -331,3 +334,101 @@ def test_grad_stats_with_a_weightless_environment_ignore_it(filler, route):
     present = jax.tree.map(lambda leaf: leaf[~absent], grads)
     expected = as_stats(present, method="vmap")
     assert_trees_close(as_stats(broken, weights, **ROUTES[route]), expected)
+
+
+# Aggregators without a threshold. Those that draw do so from the same seed.
+
+
+@functools.cache
+def plain_of_every_form(name):
+    """`(grads, weights) -> [(updates, kept_fraction), ...]` of the three forms."""
+
+    def linear(params, gradient):
+        products = jax.tree.map(lambda p, g: jnp.sum(p * g), params, gradient)
+        return sum(jax.tree.leaves(products))
+
+    @jax.jit
+    def run(grads, weights):
+        tx = PLAIN_AGGREGATORS[name]()
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), grads)
+        oracles = (
+            hardvary.env_grads(linear),
+            hardvary.grad_stats(linear, stats=STATISTICS),
+        )
+        return [
+            aggregate(tx, grads, env_weights=weights),
+            *(
+                aggregate(tx, oracle(params, grads, env_weights=weights))
+                for oracle in oracles
+            ),
+        ]
+
+    return run
+
+
+@every_plain
+@given(grads=three_envs, weights=weights_for(3), seed=st.integers(0, 99))
+def test_plain_aggregators_of_every_form_and_order_of_environments_are_the_same(
+    name, grads, weights, seed
+):
+    run = plain_of_every_form(name)
+    stacked, *others = run(grads, weights)
+    for other in others:
+        assert_trees_close(other, stacked)
+    order = np.random.default_rng(seed).permutation(3)
+    permuted = jax.tree.map(lambda leaf: leaf[order], grads)
+    for other in run(permuted, weights[order]):
+        assert_trees_close(other, stacked)
+
+
+@every_plain
+@given(
+    grads=three_envs,
+    position=st.integers(0, 3),
+    filler=st.sampled_from([np.nan, np.inf, 1e30]),
+)
+def test_plain_aggregators_with_a_weightless_environment_ignore_it(
+    name, grads, position, filler
+):
+    weights = np.insert(np.ones(3, np.float32), position, 0)
+    padded = jax.tree.map(
+        lambda leaf: jnp.asarray(np.insert(leaf, position, filler, axis=0)), grads
+    )
+    run = jitted_plain(name)
+    assert_trees_close(run(padded, weights), run(grads))
+
+
+@every_plain
+@given(grads=three_envs, factor=st.sampled_from([1e-6, 0.1, 3.0, 1e6]))
+def test_plain_aggregators_with_integer_weights_of_any_scale_count_repetitions(
+    name, grads, factor
+):
+    repeats = np.array([3, 0, 2])
+    repeated = jax.tree.map(
+        lambda leaf: jnp.asarray(np.repeat(leaf, repeats, axis=0)), grads
+    )
+    run = jitted_plain(name)
+    weights = (repeats * factor).astype(np.float32)
+    assert_trees_close(run(grads, weights), run(repeated))
+
+
+@pytest.mark.parametrize("name", ["disjoint_mean", "majority_sign"])
+@given(grads=three_envs)
+def test_plain_aggregators_on_flipped_signs_flip_the_update(name, grads):
+    run = jitted_plain(name)
+    updates, kept_fraction = run(grads)
+    flipped, flipped_fraction = run(jax.tree.map(jnp.negative, grads))
+    assert_trees_equal(jax.tree.map(jnp.negative, flipped), updates)
+    assert kept_fraction == flipped_fraction
+
+
+@every_plain
+@given(grads=three_envs, exponent=st.sampled_from([-60, -1, 30]))
+def test_plain_aggregators_of_scaled_gradients_scale(name, grads, exponent):
+    run = jitted_plain(name)
+    factor = np.float32(2.0**exponent)
+    updates, _ = run(grads)
+    scaled, _ = run(jax.tree.map(lambda leaf: leaf * factor, grads))
+    # The length of a vote is 1.
+    power = np.float32(1) if name == "majority_sign" else factor
+    assert_trees_close(scaled, jax.tree.map(lambda leaf: leaf * power, updates), atol=0)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import hardvary
 from tests._asserts import assert_trees_close, field_of
-from tests._inputs import AGGREGATORS, STATISTICS
+from tests._inputs import AGGREGATORS, PLAIN_AGGREGATORS, STATISTICS
 
 NUM_ENVS = 16
 every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
@@ -88,6 +88,39 @@ def test_aggregator_with_axis_name_in_shard_map_equals_one_device(
 
     actual = over_devices(update, mesh, (P(), P("env")), check_vma)(params, batch)
     assert_trees_close(actual, on_one_device(name, params, batch))
+
+
+@pytest.mark.parametrize("name", PLAIN_AGGREGATORS)
+def test_plain_aggregators_with_axis_name_in_shard_map_equal_one_device(
+    mesh, params, batch, name
+):
+    # Those that draw: the same numbers, on every device and for every number of them.
+    def update(params, batch, axis_name="env"):
+        tx = PLAIN_AGGREGATORS[name](axis_name=axis_name)
+        grads = hardvary.per_env_grad(loss_fn)(params, batch)
+        return tx.update(grads, tx.init(params), params)
+
+    actual = over_devices(update, mesh, (P(), P("env")), True)(params, batch)
+    expected = jax.jit(functools.partial(update, axis_name=None))(params, batch)
+    assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["grad_drop", "agr_rand"])
+def test_aggregators_that_draw_on_an_explicit_mesh_equal_one_device(name):
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
+
+    @jax.jit
+    def update(grads):
+        tx = PLAIN_AGGREGATORS[name]()
+        return tx.update(grads, tx.init(None))
+
+    expected = update(grads)
+    with jax.set_mesh(mesh):
+        spread = jax.NamedSharding(mesh, P(None, "model"))
+        actual = update(jax.device_put(grads, spread))
+    assert_trees_close(actual, expected)
+    assert actual[0].sharding.spec == P("model")
 
 
 @every_method

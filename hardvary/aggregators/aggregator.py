@@ -13,9 +13,10 @@ from hardvary._env_grads import statistics as st
 from hardvary._env_grads.grad_stats import GradStats, StatName
 from hardvary._typing import AxisName, PyTree
 
-# From the statistics of one parameter to the mask in [0, 1] (boolean or floating) and
-# the direction that it is to scale, both `param.shape`.
-Rule = Callable[..., tuple[jax.Array, jax.Array]]
+# From the statistics of one parameter to the mask in [0, 1] (boolean or floating), the
+# direction that it is to scale and, unless that is 0, what stands where the mask is
+# closed; all `param.shape`.
+Rule = Callable[..., tuple[jax.Array, ...]]
 
 
 class AggregatorState(NamedTuple):
@@ -26,16 +27,16 @@ class AggregatorState(NamedTuple):
         the last update (the mean of a soft mask; 1 where nothing is masked); 0 before
         the first. Read it with `optax.tree.get(opt_state, "kept_fraction")`.
       mask_count: int32 scalar, number of updates so far, where a hyperparameter is a
-        schedule; None elsewhere.
+        schedule or the rule draws at random; None elsewhere.
     """
 
     kept_fraction: jax.Array
     mask_count: Any = None
 
 
-def initial_state(scheduled: bool) -> AggregatorState:
-    """The state before the first update, with a count if schedules need one."""
-    count = jnp.zeros((), jnp.int32) if scheduled else None
+def initial_state(counted: bool) -> AggregatorState:
+    """The state before the first update, with a count if schedules or draws need it."""
+    count = jnp.zeros((), jnp.int32) if counted else None
     return AggregatorState(jnp.zeros((), jnp.float32), count)
 
 
@@ -54,6 +55,7 @@ def aggregator(
     max_rescale: jax.typing.ArrayLike | None = None,
     axis_name: AxisName | None = None,
     name: str | None = None,
+    seed: jax.typing.ArrayLike | None = None,
     **hyperparams: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""An aggregator from a rule for one parameter.
@@ -66,13 +68,17 @@ def aggregator(
     Args:
       rule: `rule(stats, **hyperparams) -> (mask, direction)` with a `GradStats` of one
         parameter, all arrays in at least float32; mask in [0, 1], boolean or floating,
-        and direction have the shape of the parameter. Pure, traced.
+        and direction have the shape of the parameter. Pure, traced. A third array, if
+        it returns one, stands where the mask is closed, instead of 0.
       stats: names of the statistics that the rule reads, see `grad_stats`.
       rescale: multiply the direction of each leaf by
         (components in the leaf) / (sum of the mask); a leaf with nothing kept stays 0.
       max_rescale: cap of that factor, >= 1; None for none. Unused without `rescale`.
       axis_name: see `and_mask`.
       name: for messages; the rule's own unless given.
+      seed: for a rule that draws at random, an integer >= 0 or a key, possibly traced.
+        The rule is then given `key`, another one for every parameter and update and
+        the same on all devices.
       hyperparams: numbers for the rule, each possibly traced, a schedule, or a tree
         prefix of params with these: the rule gets the number for its parameter and
         step.
@@ -82,9 +88,10 @@ def aggregator(
 
     Raises:
       TypeError: a rule that is not callable, `stats` that is no sequence of names, a
-        hyperparameter that is no real scalar, schedule or tree of these.
-      ValueError: unknown statistics, max_rescale < 1; (tracing) as `and_mask`, a mask
-        or direction of another shape.
+        hyperparameter that is no real scalar, schedule or tree of these, one named
+        `key` beside a seed, a seed that is neither an integer nor a key.
+      ValueError: unknown statistics, max_rescale < 1, a negative seed; (tracing) as
+        `and_mask`, a mask or direction of another shape.
 
     Example:
       >>> import jax.numpy as jnp, hardvary
@@ -102,6 +109,10 @@ def aggregator(
     if not callable(rule):
         raise TypeError(f"rule must be callable, got {rule!r}")
     statistics = st.named(_validate.names("stats", stats, tuple(st.STATISTICS)))
+    if seed is not None:
+        _validate.prng_key("seed", seed)
+        if "key" in hyperparams:
+            raise TypeError("key is what the rule is given for its seed; rename yours")
     for key, value in hyperparams.items():
         _hyperparams.check_scalars(key, value)
     name = getattr(rule, "__name__", "aggregator") if name is None else name
@@ -113,6 +124,7 @@ def aggregator(
         max_rescale=max_rescale,
         axis_name=axis_name,
         hyperparams=hyperparams,
+        seed=seed,
     )
 
 
@@ -121,21 +133,39 @@ def build(
     statistics: Sequence[st.Statistic],
     *,
     name: str,
-    rescale: bool,
-    max_rescale: Any,
     axis_name: AxisName | None,
-    hyperparams: dict[str, Any],
+    rescale: bool = False,
+    max_rescale: Any = None,
+    hyperparams: dict[str, Any] | None = None,
+    seed: Any = None,
+    of_all: Callable[[Sequence[GradStats]], dict[str, Any]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """As `aggregator`, of `Statistic`s and hyperparameters that are checked."""
+    """As `aggregator`, of `Statistic`s and hyperparameters that are checked.
+
+    Args:
+      rule: see `aggregator`.
+      statistics: that the rule reads.
+      name: for messages.
+      axis_name: see `and_mask`.
+      rescale: see `aggregator`.
+      max_rescale: see `aggregator`.
+      hyperparams: see `aggregator`.
+      seed: see `aggregator`.
+      of_all: from the statistics of all parameters to keywords for the rule, for what
+        it has to know of the others.
+    """
     if not isinstance(rescale, bool):
         raise TypeError(f"rescale must be True or False, got {rescale!r}")
     if max_rescale is not None:
         _validate.at_least("max_rescale", max_rescale, 1.0)
-    scheduled = any(map(_hyperparams.is_scheduled, hyperparams.values()))
+    hyperparams = hyperparams or {}
+    counted = seed is not None or any(
+        map(_hyperparams.is_scheduled, hyperparams.values())
+    )
 
     def init_fn(params: PyTree) -> AggregatorState:
         del params
-        return initial_state(scheduled)
+        return initial_state(counted)
 
     def factor(kept: jax.Array, size: int) -> jax.Array:
         value = jnp.where(kept > 0, size / jnp.where(kept > 0, kept, 1), 0)
@@ -146,16 +176,20 @@ def build(
     def update_leaf(
         leaf: GradStats, given: dict[str, Any], dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
-        mask, direction = rule(leaf, **given)
-        _check_shapes(name, leaf, mask, direction)
+        mask, direction, *closed = rule(leaf, **given)
+        _check_shapes(name, leaf, mask, direction, *closed)
         kept = jnp.sum(mask, dtype=jnp.float32)
         if rescale:
             wide = _validate.wide(direction.dtype)
             direction = direction.astype(wide) * factor(kept, mask.size).astype(wide)
+        closed = [value.astype(direction.dtype) for value in closed]
         if mask.dtype == jnp.bool_:
-            update = jnp.where(mask, direction, 0)
+            update = jnp.where(mask, direction, closed[0] if closed else 0)
         else:
-            update = mask.astype(direction.dtype) * direction
+            mask = mask.astype(direction.dtype)
+            update = mask * direction
+            if closed:
+                update += (1 - mask) * closed[0]
         return jnp.where(_broken(leaf), jnp.nan, update).astype(dtype), kept
 
     def update_fn(
@@ -168,16 +202,20 @@ def build(
     ) -> tuple[PyTree, AggregatorState]:
         del extra_args
         grads = forms.read(updates, name, params, env_weights, axis_name)
-        count = state.mask_count if scheduled else None
-        values = {
+        count = state.mask_count if counted else None
+        values: dict[str, Any] = {
             key: _hyperparams.per_leaf(key, value, updates, count, forms.is_leaf)
             for key, value in hyperparams.items()
         }
+        stats = grads.stats(statistics)
+        if seed is not None and stats:
+            values["key"] = _keys(seed, count, len(stats))
+        common = of_all(stats) if of_all is not None and stats else {}
         results = [
-            update_leaf(leaf, {key: value[i] for key, value in values.items()}, dtype)
-            for i, (leaf, dtype) in enumerate(
-                zip(grads.stats(statistics), grads.dtypes, strict=True)
+            update_leaf(
+                leaf, {key: value[i] for key, value in values.items()} | common, dtype
             )
+            for i, (leaf, dtype) in enumerate(zip(stats, grads.dtypes, strict=True))
         ]
         size = sum(update.size for update, _ in results)
         kept = sum((kept for _, kept in results), jnp.zeros((), jnp.float32))
@@ -187,6 +225,15 @@ def build(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _keys(seed: Any, count: Any, num_leaves: int) -> jax.Array:
+    """A key for every parameter, of one update."""
+    key = jax.random.fold_in(_validate.prng_key("seed", seed), count)
+    # One operation for all: compiling one for each would take long.
+    return jax.vmap(jax.random.fold_in, (None, 0))(
+        key, jnp.arange(num_leaves, dtype=jnp.uint32)
+    )
 
 
 def _broken(leaf: GradStats) -> jax.Array:
@@ -203,11 +250,10 @@ def _broken(leaf: GradStats) -> jax.Array:
     return result
 
 
-def _check_shapes(
-    name: str, leaf: GradStats, mask: jax.Array, direction: jax.Array
-) -> None:
+def _check_shapes(name: str, leaf: GradStats, *arrays: jax.Array) -> None:
     shape = jnp.shape(_broken(leaf))
-    for what, array in (("mask", mask), ("direction", direction)):
+    names = ("mask", "direction", "value where the mask is closed")
+    for what, array in zip(names, arrays, strict=False):
         if jnp.shape(array) != shape:
             raise ValueError(
                 f"{name}: the rule's {what} must have the shape {shape} of its "

@@ -1,5 +1,7 @@
 """The edge cases that the aggregators' docstrings promise."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import hardvary
 from tests._asserts import assert_trees_equal
 from tests._inputs import (
     AGGREGATORS,
+    PLAIN_AGGREGATORS,
     STATISTICS,
     aggregate,
     make_grads,
@@ -17,6 +20,7 @@ from tests._inputs import (
 )
 
 every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
+every_plain = pytest.mark.parametrize("name", PLAIN_AGGREGATORS)
 non_finite = pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 
 
@@ -247,3 +251,144 @@ def test_aggregators_on_float64_numpy_gradients_without_x64_do_not_warn(name):
         AGGREGATORS[name](0.5, rescale=True), jnp.asarray(grads, jnp.float32)
     )
     assert_trees_equal(updates, expected)
+
+
+# Aggregators without a threshold.
+
+
+@every_plain
+@pytest.mark.parametrize("shape", ["no_leaves", "only_zero_size"])
+def test_plain_aggregators_without_components_report_nothing_kept(name, shape):
+    grads = make_grads(shape, 3)
+    updates, kept_fraction = aggregate(PLAIN_AGGREGATORS[name](), grads)
+    assert float(kept_fraction) == 0
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+
+
+@every_plain
+def test_plain_aggregators_on_zero_gradients_return_zeros(name):
+    grads = make_grads("nested", 4, scale=0.0)
+    updates, kept_fraction = aggregate(PLAIN_AGGREGATORS[name](), grads)
+    assert_trees_equal(updates, jax.tree.map(jnp.zeros_like, make_params("nested")))
+    assert float(kept_fraction) == 0
+
+
+@every_plain
+@pytest.mark.parametrize("form", ["stacked", "stats"])
+def test_plain_aggregators_on_non_finite_gradients_return_nan_there_only(name, form):
+    grads = make_grads("array", 4)
+    for env, value in enumerate((np.nan, np.inf, -np.inf)):
+        grads = grads.at[env, 4 + env].set(value)
+    if form == "stats":
+        oracle = hardvary.grad_stats(lambda w, g: jnp.sum(w * g), stats=STATISTICS)
+        grads = jax.jit(oracle)(jnp.zeros(7), grads)
+    updates, kept_fraction = aggregate(PLAIN_AGGREGATORS[name](), grads)
+    np.testing.assert_array_equal(np.isnan(updates), np.arange(7) >= 4)
+    assert 0 < float(kept_fraction) < 0.6
+
+
+@every_plain
+def test_plain_aggregators_on_one_environment_return_its_gradient(name):
+    grads = jnp.array([[1.0, -2.0, 0.0, 0.25]])
+    updates, kept_fraction = aggregate(PLAIN_AGGREGATORS[name](), grads)
+    expected = jnp.sign(grads[0]) if name == "majority_sign" else grads[0]
+    # Nobody votes on a zero gradient, so that agr_rand puts noise there.
+    there = np.arange(4) != 2
+    np.testing.assert_array_equal(np.asarray(updates)[there], expected[there])
+    assert (float(updates[2]) != 0) == (name == "agr_rand")
+    assert float(kept_fraction) == 0.75
+
+
+@every_plain
+def test_plain_aggregators_with_only_absent_environments_under_jit_are_nan(name):
+    @jax.jit
+    def update(weights):
+        tx = PLAIN_AGGREGATORS[name]()
+        return aggregate(tx, jnp.ones((2, 3)), env_weights=weights)[0]
+
+    assert jnp.isnan(update(jnp.zeros(2))).all()
+    assert (update(jnp.array([0.0, 1.0])) == 1).all()
+
+
+def test_soft_and_mask_weakens_what_does_not_reach_the_threshold():
+    # Agreement 1, 1/2, 1/4 and 0; means 2.5, 1, 0.25 and 0.5.
+    grads = jnp.array(
+        [
+            [1.0, 4.0, 2.0, -2.0],
+            [2.0, 2.0, 1.0, -2.0],
+            [3.0, 1.0, -2.0, 3.0],
+            [4.0, -3.0, 0.0, 3.0],
+        ]
+    )
+    for threshold, mask in (
+        (1.0, [1, 0.5, 0.25, 0]),
+        (0.5, [1, 1, 0.25, 0]),
+        (0.25, [1, 1, 1, 0]),
+        (0.0, [1, 1, 1, 1]),
+    ):
+        tx = hardvary.soft_and_mask(threshold)
+        updates, kept_fraction = aggregate(tx, grads)
+        np.testing.assert_array_equal(updates, np.array([2.5, 1, 0.25, 0.5]) * mask)
+        assert float(kept_fraction) == np.mean(mask)
+
+
+def test_soft_and_mask_on_a_tie_with_the_threshold_keeps_all():
+    # 4/5 = 0.8 and 3/5 = 0.6, which no float is.
+    grads = jnp.array([[1.0, 1.0]] * 4 + [[0.0, -1.0]])
+    for threshold in (0.8, np.float32(0.8), jnp.bfloat16(0.8)):
+        updates, _ = aggregate(hardvary.soft_and_mask(threshold), grads)
+        np.testing.assert_allclose(updates, [0.8, 0.6 * 0.6], rtol=1e-6)
+
+
+def test_disjoint_mean_leaves_out_whoever_lost_the_election():
+    grads = jnp.array(
+        [
+            [1.0, -8.0, 2.0, 0.0, 3.0],
+            [2.0, 1.0, -2.0, 0.0, -1.0],
+            [-1.5, 3.0, 0.0, 5.0, -1.0],
+        ]
+    )
+    updates, kept_fraction = aggregate(hardvary.disjoint_mean(), grads)
+    # One large gradient outweighs many small ones; a zero is not counted; a tie is 0.
+    np.testing.assert_array_equal(updates, [1.5, -8, 0, 5, 3])
+    np.testing.assert_allclose(kept_fraction, 4 / 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
+@pytest.mark.parametrize("name", ["disjoint_mean", "majority_sign"])
+def test_ties_that_sums_round_are_ties_in_any_order(name, order):
+    # 0.1 + 0.2 - 0.3 is not 0 in every order.
+    values = np.array([0.1, 0.2, -0.3], np.float32)[list(order)]
+    if name == "disjoint_mean":
+        grads, extra = values[:, None], {}
+    else:
+        grads, extra = np.sign(values)[:, None], {"env_weights": np.abs(values)}
+    updates, kept_fraction = aggregate(PLAIN_AGGREGATORS[name](), grads, **extra)
+    assert float(updates[0]) == float(kept_fraction) == 0
+
+
+def test_disjoint_mean_of_weights_far_apart_stays_finite():
+    grads = jnp.array([[-1.0, 1e30], [1e20, -1.0]])
+    weights = np.array([1.0, 1e-12], np.float32)
+    updates, _ = aggregate(hardvary.disjoint_mean(), grads, env_weights=weights)
+    assert np.isfinite(updates).all()
+    assert (np.asarray(updates) > 0).all()
+
+
+def test_majority_sign_counts_votes_whatever_they_are_worth():
+    grads = jnp.array([[1.0, 1.0, 0.0], [1e-30, -9.0, -5.0], [-1e9, 0.0, 0.0]])
+    tx = hardvary.majority_sign()
+    updates, kept_fraction = aggregate(tx, grads)
+    np.testing.assert_array_equal(updates, [1, 0, -1])
+    np.testing.assert_allclose(kept_fraction, 2 / 3, rtol=1e-6)
+    weights = np.array([1.0, 1.0, 3.0], np.float32)
+    weighted, _ = aggregate(tx, grads, env_weights=weights)
+    np.testing.assert_array_equal(weighted, [-1, 0, -1])
+
+
+@pytest.mark.parametrize("margin", [0, 1])
+def test_majority_sign_of_many_environments_sees_a_single_vote(margin):
+    signs = np.ones((100_000 + margin, 1), np.float32)
+    signs[:50_000] = -1
+    updates, _ = aggregate(hardvary.majority_sign(), signs)
+    assert float(updates[0]) == margin

@@ -14,8 +14,10 @@ import hardvary
 from tests._asserts import assert_trees_close
 from tests._inputs import (
     AGGREGATORS,
-    HARD_MASKS,
+    PLAIN_AGGREGATORS,
+    VOTE_MASKS,
     jitted_aggregator,
+    jitted_plain,
     num_envs_of,
     stacked_grads,
     weights_for,
@@ -74,6 +76,8 @@ def mask_reference(name, grads, weights, threshold):
             smooth = np.tanh(SHARPNESS * above / variance)
         return np.maximum(np.where(variance > 0, smooth, np.sign(above)), 0)
     keeps = agreement >= threshold - 1e-9
+    if name == "soft_and_mask":
+        return np.where(keeps, 1, agreement)
     return 1.0 * (~keeps if name == "xor_mask" else keeps)
 
 
@@ -124,9 +128,112 @@ def test_aggregators_on_random_trees_match_numpy_loop(
         max_rescale,
     )
     # A soft mask divides by a variance that float32 takes as a difference.
-    rtol = 1e-5 if name in HARD_MASKS else 2e-3
+    rtol = 1e-5 if name in VOTE_MASKS else 2e-3
     assert_trees_close(updates, expected, rtol=rtol)
     np.testing.assert_allclose(kept_fraction, kept, rtol=rtol, atol=1e-6)
+
+
+def majority_reference(grads, weights):
+    votes, total = 0.0, 0.0
+    for weight, grad in environments(grads, weights):
+        votes = votes + weight * np.sign(grad)
+        total += weight
+    return np.sign(votes), votes != 0
+
+
+def disjoint_reference(grads, weights):
+    elected = np.sign(mean_reference(grads, weights))
+    mass, number = np.zeros_like(elected), np.zeros_like(elected)
+    for weight, grad in environments(grads, weights):
+        counts = (np.sign(grad) == elected) & (elected != 0)
+        mass += np.where(counts, weight * grad, 0)
+        number += np.where(counts, weight, 0)
+    return mass / np.maximum(number, 1e-9), elected != 0
+
+
+def sides_reference(grads, weights):
+    """Means of what is positive and of what is negative, over all environments."""
+    positive, negative, total = 0.0, 0.0, 0.0
+    for weight, grad in environments(grads, weights):
+        positive = positive + weight * np.maximum(grad, 0)
+        negative = negative + weight * np.minimum(grad, 0)
+        total += weight
+    return positive / total, negative / total
+
+
+plain_problems = stacked_grads().flatmap(
+    lambda grads: st.tuples(st.just(grads), st.none() | weights_for(num_envs_of(grads)))
+)
+
+
+def with_ones(grads, weights):
+    return np.ones(num_envs_of(grads)) if weights is None else weights
+
+
+def share(masks):
+    leaves = jax.tree.leaves(masks)
+    return sum(leaf.sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("majority_sign", majority_reference), ("disjoint_mean", disjoint_reference)],
+)
+@given(problem=plain_problems)
+def test_plain_aggregators_on_random_trees_match_numpy_loop(name, reference, problem):
+    grads, weights = problem
+    updates, kept_fraction = jitted_plain(name)(grads, weights)
+    weights = with_ones(grads, weights)
+    expected = jax.tree.map(lambda leaf: reference(leaf, weights)[0], grads)
+    assert_trees_close(updates, expected)
+    decided = jax.tree.map(lambda leaf: reference(leaf, weights)[1], grads)
+    np.testing.assert_allclose(kept_fraction, share(decided), rtol=1e-6)
+
+
+@given(problem=plain_problems)
+def test_grad_drop_on_random_trees_is_one_of_the_sides_of_the_numpy_loop(problem):
+    grads, weights = problem
+    updates, kept_fraction = jitted_plain("grad_drop")(grads, weights)
+    weights = with_ones(grads, weights)
+
+    def kept(update, grads):
+        positive, negative = sides_reference(grads, weights)
+        update = np.asarray(update, np.float64)
+        side = np.where(update > 0, positive, negative)
+        # Where all gradients are zero both sides are.
+        np.testing.assert_allclose(update, side, rtol=1e-5, atol=1e-6)
+        assert np.all((update != 0) == (positive - negative > 0))
+        return np.abs(side) / np.maximum(positive - negative, 1e-9)
+
+    masks = jax.tree.map(kept, updates, grads)
+    np.testing.assert_allclose(kept_fraction, share(masks), rtol=1e-5)
+
+
+@given(problem=plain_problems)
+def test_agr_rand_on_random_trees_matches_numpy_loop_where_all_agree(problem):
+    grads, weights = problem
+    updates, kept_fraction = jitted_plain("agr_rand")(grads, weights)
+    weights = with_ones(grads, weights)
+    agreed = jax.tree.map(
+        lambda leaf: agreement_reference(leaf, weights) >= 1 - 1e-9, grads
+    )
+    anybody = share(agreed) > 0
+
+    def check(update, agreed, grads):
+        expected = mean_reference(grads, weights)
+        np.testing.assert_allclose(
+            np.asarray(update)[agreed], np.asarray(expected)[agreed], rtol=1e-5
+        )
+        # Noise, which has no scale if there is nothing to take it from.
+        assert np.all((np.asarray(update)[~agreed] != 0) == anybody)
+
+    jax.tree.map(check, updates, agreed, grads)
+    np.testing.assert_allclose(kept_fraction, share(agreed), rtol=1e-6)
+
+
+def test_every_plain_aggregator_has_its_loop():
+    loops = {"majority_sign", "disjoint_mean", "grad_drop", "agr_rand"}
+    assert loops == set(PLAIN_AGGREGATORS)
 
 
 @given(problem=problems())

@@ -14,8 +14,8 @@ import hardvary
 from tests._asserts import assert_trees_close, assert_trees_equal
 from tests._inputs import (
     AGGREGATORS,
-    HARD_MASKS,
     STATISTICS,
+    VOTE_MASKS,
     make_grads,
     stacked_grads,
     weights_for,
@@ -115,7 +115,7 @@ def test_forms_are_equal_and_permuting_environments_changes_nothing(
     weights = weight_all(weights)
     found = everything(name)(grads, threshold, weights)
     expected = found.pop("stacked")
-    rtol = 1e-5 if name in HARD_MASKS else 2e-3
+    rtol = 1e-5 if name in VOTE_MASKS else 2e-3
     for actual in found.values():
         for key, value in actual.items():
             assert_trees_close(value, expected[key], rtol=rtol, atol=1e-5)
