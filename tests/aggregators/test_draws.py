@@ -10,7 +10,7 @@ import pytest
 
 import hardvary
 from tests._asserts import assert_trees_close, assert_trees_equal
-from tests._inputs import aggregate, make_grads
+from tests._inputs import aggregate, jitted_aggregator, jitted_plain, make_grads
 from tests.zoo import compile_quickly
 
 SIZE = 10_000
@@ -93,12 +93,10 @@ def test_draws_under_vmap_over_seeds_are_those_of_each(make):
     def run(seed):
         return three_steps(make(seed), grads)
 
-    seeds = jnp.arange(3)
-    for seeds_of in (seeds, jax.vmap(jax.random.key)(seeds)):
-        found = run(seeds_of)
-        for seed in range(3):
-            mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], found)
-            assert_trees_close(mine, three_steps(make(seed), grads))
+    found = run(jnp.arange(3))
+    for seed in range(3):
+        mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], found)
+        assert_trees_close(mine, three_steps(make(seed), grads))
 
 
 @every_maker
@@ -113,25 +111,15 @@ def test_draws_resume_from_a_saved_state(make):
 
 
 def test_draws_of_groups_with_seeds_of_their_own_differ():
-    grads = {"a": contested(50), "b": contested(50)}
+    grads = {"a": contested(8), "b": contested(8)}
     both = {"one": hardvary.grad_drop(0), "other": hardvary.grad_drop(1)}
     tx = optax.partition(both, {"a": "one", "b": "other"})
-    updates, _ = tx.update(grads, tx.init({"a": jnp.ones(50), "b": jnp.ones(50)}))
+    updates, _ = tx.update(grads, tx.init({"a": jnp.ones(8), "b": jnp.ones(8)}))
     assert not np.array_equal(updates["a"], updates["b"])
 
 
-def test_draws_do_not_depend_on_the_dtype():
-    with jax.enable_x64(True):
-        sides = [
-            np.asarray(aggregate(hardvary.grad_drop(0), contested(50).astype(dtype))[0])
-            for dtype in ("float32", "float64", "bfloat16", "float16")
-        ]
-    for side in sides[1:]:
-        np.testing.assert_array_equal(side.astype(np.float64), sides[0])
-
-
 def test_grad_drop_keeps_a_side_as_often_as_its_share_of_the_gradients():
-    updates, kept_fraction = aggregate(hardvary.grad_drop(0), contested())
+    updates, kept_fraction = jitted_plain("grad_drop")(contested())
     values, counts = np.unique(updates, return_counts=True)
     np.testing.assert_array_equal(values, [-0.5, 1.5])
     assert abs(counts[1] / SIZE - 0.75) < 4 * np.sqrt(0.75 * 0.25 / SIZE)
@@ -191,7 +179,7 @@ def test_grad_drop_in_expectation_is_the_mean():
 def test_agr_rand_scales_its_noise_to_what_agrees_in_all_leaves():
     grads = unequal()
     grads["far"] = jnp.full((4, 2), -6.0)  # mean of 1, 3, 6 and 6: 4
-    updates, kept_fraction = aggregate(hardvary.agr_rand(0), grads)
+    updates, kept_fraction = jitted_plain("agr_rand")(grads)
     np.testing.assert_array_equal(updates["agreed"], [1, -3])
     np.testing.assert_array_equal(updates["far"], [-6, -6])
     for leaf in ("a", "b"):
@@ -211,20 +199,20 @@ def test_agr_rand_std_is_that_of_the_noise():
         updates, _ = run(std)
         np.testing.assert_allclose(updates["a"], std * unit["a"], rtol=1e-6)
         np.testing.assert_array_equal(updates["agreed"], [1, -3])
-    assert_trees_close(run(0.0), aggregate(hardvary.and_mask(1.0), grads))
+    assert_trees_close(run(0.0), jitted_aggregator("and_mask")(grads, 1.0))
 
 
 def test_agr_rand_std_of_a_schedule_fades():
     tx = hardvary.agr_rand(0, std=optax.linear_schedule(1.0, 0.0, 2))
-    found, state = three_steps(tx, contested(1000))
-    np.testing.assert_allclose([np.std(f) for f in found], [1, 0.5, 0], rtol=0.1)
+    found, state = jax.jit(functools.partial(three_steps, tx))(contested())
+    np.testing.assert_allclose([np.std(f) for f in found], [1, 0.5, 0], rtol=0.05)
     assert int(state.mask_count) == 3
 
 
 def test_agr_rand_broken_components_do_not_reach_the_noise():
     grads = unequal(8)
     grads["agreed"] = grads["agreed"].at[0, 0].set(jnp.nan)
-    updates, _ = aggregate(hardvary.agr_rand(0), grads)
+    updates, _ = jitted_plain("agr_rand")(grads)
     assert np.isnan(updates["agreed"]).tolist() == [True, False]
     assert np.isfinite(updates["a"]).all()
 
@@ -232,7 +220,7 @@ def test_agr_rand_broken_components_do_not_reach_the_noise():
 def test_agr_rand_unanimity_of_weights_that_round_is_unanimity():
     weights = np.random.default_rng(0).uniform(0.1, 1, 1000).astype(np.float32)
     grads = jnp.ones((1000, 3))
-    updates, kept = aggregate(hardvary.agr_rand(0), grads, env_weights=weights)
+    updates, kept = jitted_plain("agr_rand")(grads, weights)
     np.testing.assert_allclose(updates, [1, 1, 1], rtol=1e-5)
     assert float(kept) == 1
 
