@@ -18,13 +18,25 @@ from hardvary._env_grads.products import combine, gramian, norms
 from hardvary._env_grads.stacked import per_env_grad, value_and_per_env_grad
 from hardvary.aggregators.aggregator import AggregatorState, aggregator
 from hardvary.aggregators.agr_rand import agr_rand
+from hardvary.aggregators.aligned_mtl import aligned_mtl
 from hardvary.aggregators.and_mask import and_mask
+from hardvary.aggregators.cagrad import cagrad
+from hardvary.aggregators.clip_env_norms import clip_env_norms
+from hardvary.aggregators.config import config
 from hardvary.aggregators.disjoint_mean import disjoint_mean
+from hardvary.aggregators.dualproj import dualproj
+from hardvary.aggregators.fairgrad import fairgrad
 from hardvary.aggregators.geometric_mean import geometric_mean
 from hardvary.aggregators.grad_drop import grad_drop
+from hardvary.aggregators.grad_vac import grad_vac
+from hardvary.aggregators.imtl_g import imtl_g
 from hardvary.aggregators.majority_sign import majority_sign
+from hardvary.aggregators.mgda import mgda
+from hardvary.aggregators.nash_mtl import nash_mtl
+from hardvary.aggregators.pcgrad import pcgrad
 from hardvary.aggregators.sand_mask import sand_mask
 from hardvary.aggregators.soft_and_mask import soft_and_mask
+from hardvary.aggregators.upgrad import upgrad
 from hardvary.aggregators.weighting import weighting
 from hardvary.aggregators.xor_mask import xor_mask
 from hardvary.decay import add_l1_decay
@@ -51,27 +63,39 @@ __all__ = [
     "aggregator",
     "agr_rand",
     "agreement",
+    "aligned_mtl",
     "and_mask",
+    "cagrad",
+    "clip_env_norms",
     "combine",
+    "config",
     "consistency",
     "disjoint_mean",
+    "dualproj",
     "env_grads",
     "explain",
+    "fairgrad",
     "geometric_mean",
     "grad_drop",
     "grad_stats",
+    "grad_vac",
     "gramian",
+    "imtl_g",
     "kept_fractions",
     "majority_sign",
     "mask",
+    "mgda",
+    "nash_mtl",
     "norms",
     "objectives",
+    "pcgrad",
     "per_env_grad",
     "sand_mask",
     "scale_by_temporal_and_mask_adam",
     "soft_and_mask",
     "temporal_and_mask",
     "temporal_and_mask_adam",
+    "upgrad",
     "value_and_env_grads",
     "value_and_env_grads_of_losses",
     "value_and_grad_stats",

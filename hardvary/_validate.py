@@ -52,12 +52,25 @@ def at_least(name: str, value: Any, minimum: float, *, strict: bool = False) -> 
         raise ValueError(f"{name} must be {bound}, got {number}")
 
 
-def finite_at_least(name: str, value: Any, minimum: float) -> None:
-    """Raises unless a (possibly traced) scalar is finite and >= `minimum`."""
-    scalar(name, value, rule=f"that is finite and >= {minimum:g}")
+def finite_at_least(
+    name: str, value: Any, minimum: float, *, strict: bool = False
+) -> None:
+    """Raises unless a (possibly traced) scalar is finite and >= `minimum`.
+
+    Args:
+      name: the argument, for messages.
+      value: the scalar.
+      minimum: a bound below.
+      strict: whether the bound itself is refused.
+    """
+    bound = f"finite and {'>' if strict else '>='} {minimum:g}"
+    scalar(name, value, rule=f"that is {bound}")
     number = concrete_value(value)
-    if number is not None and not minimum <= number < math.inf:
-        raise ValueError(f"{name} must be finite and >= {minimum:g}, got {number}")
+    if number is None:
+        return
+    large_enough = number > minimum if strict else number >= minimum
+    if not (large_enough and number < math.inf):
+        raise ValueError(f"{name} must be {bound}, got {number}")
 
 
 def names(what: str, values: Any, allowed: Sequence[str]) -> tuple[str, ...]:

@@ -79,6 +79,9 @@ CASES = {
     "disjoint_mean": case(hardvary.disjoint_mean, True),
     "majority_sign": case(hardvary.majority_sign, True),
     "agr_rand": case(hardvary.agr_rand, True, "std", (1.0, 2.0), seed=0),
+    "cagrad": case(hardvary.cagrad, True, "c", (0.0, 0.75)),
+    "pcgrad": case(hardvary.pcgrad, True, seed=0),
+    "clip_env_norms": case(hardvary.clip_env_norms, True, "max_norm", (0.5, 1.0)),
     "temporal_and_mask": case(
         temporal_and_mask_sgd, False, "threshold", (0.5, 1.0), decay=0.5
     ),

@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -16,6 +17,20 @@ from hardvary.aggregators.aggregator import (
     initial_state,
     next_state,
 )
+
+
+class WeightingState(NamedTuple):
+    """State of a rule that remembers.
+
+    Attributes:
+      kept_fraction: see `AggregatorState`.
+      mask_count: see `AggregatorState`.
+      memory: what the rule keeps from update to update.
+    """
+
+    kept_fraction: jax.Array
+    mask_count: Any
+    memory: Any
 
 
 def weighting(
@@ -84,53 +99,147 @@ def weighting(
         _hyperparams.check_scalars(key, value)
     name = getattr(rule, "__name__", "weighting") if name is None else name
     asks = "env_weights" in inspect.signature(rule).parameters
-    scheduled = any(map(_hyperparams.is_scheduled, hyperparams.values()))
 
-    def init_fn(params: PyTree) -> AggregatorState:
-        del params
-        return initial_state(scheduled)
-
-    def update_fn(
-        updates: PyTree,
-        state: AggregatorState,
-        params: PyTree | None = None,
-        *,
-        env_weights: Any = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, AggregatorState]:
-        del extra_args
-        grads = forms.read(updates, name, params, env_weights, axis_name)
-        count = state.mask_count if scheduled else None
-        new_state = next_state(jnp.ones((), jnp.float32), count)
-        if not grads.leaves:
-            return updates, new_state
-        given = {
-            key: _hyperparams.per_leaf(key, value, 0, count)[0]
-            for key, value in hyperparams.items()
-        }
+    def weights_of(
+        grads: forms.Gradients, given: dict[str, Any], memory: None
+    ) -> tuple[jax.Array, None]:
         # Before anything else: it refuses a GradStats.
         products = total_gramian(grads)
-        present = grads.env_weights()
         if asks:
-            given["env_weights"] = present
+            given = given | {"env_weights": grads.env_weights()}
         returned = rule(products, **given)
         try:
-            weights = jnp.asarray(returned)
+            return jnp.asarray(returned), memory
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{name}: the rule must return an array of weights, one for each "
                 f"environment, got {_validate.a_or_an(type(returned).__name__)}"
             ) from error
+
+    return build(weights_of, name=name, axis_name=axis_name, hyperparams=hyperparams)
+
+
+def build(
+    weights_of: Callable[..., tuple[jax.Array, Any]],
+    *,
+    name: str,
+    axis_name: AxisName | None,
+    hyperparams: dict[str, Any] | None = None,
+    seed: Any = None,
+    memory: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """As `weighting`, of anything that weights environments.
+
+    Args:
+      weights_of: `(gradients, keywords, memory) -> (weights, memory)`, of
+        `forms.Gradients`, hyperparameters as numbers and what it kept of the last
+        update.
+      name: for messages.
+      axis_name: see `and_mask`.
+      hyperparams: see `weighting`, checked.
+      seed: see `of_gramian`; a key is then among the keywords.
+      memory: before the first update; the state is a `WeightingState` unless it is
+        None.
+    """
+    hyperparams = hyperparams or {}
+    counted = seed is not None or any(
+        map(_hyperparams.is_scheduled, hyperparams.values())
+    )
+
+    def state_of(state: AggregatorState, memory: Any) -> Any:
+        return state if memory is None else WeightingState(*state, memory)
+
+    def init_fn(params: PyTree) -> Any:
+        del params
+        return state_of(initial_state(counted), memory)
+
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        env_weights: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        del extra_args
+        grads = forms.read(updates, name, params, env_weights, axis_name)
+        count: Any = state.mask_count if counted else None
+        new_state = next_state(jnp.ones((), jnp.float32), count)
+        kept = None if memory is None else state.memory
+        if not grads.leaves:
+            return updates, state_of(new_state, kept)
+        given: dict[str, Any] = {
+            key: _hyperparams.per_leaf(key, value, 0, count)[0]
+            for key, value in hyperparams.items()
+        }
+        if seed is not None:
+            given["key"] = jax.random.fold_in(_validate.prng_key("seed", seed), count)
+        weights, kept = weights_of(grads, given, kept)
         if weights.shape != (grads.num_envs,):
             raise ValueError(
                 f"{name}: the rule must return weights of shape ({grads.num_envs},), "
                 f"one for each environment, got {weights.shape}"
             )
-        weights = jnp.where(present > 0, weights, 0)
+        weights = jnp.where(grads.env_weights() > 0, weights, 0)
         sums = grads.combine([weights] * len(grads.leaves))
         leaves = [
             leaf.astype(dtype) for leaf, dtype in zip(sums, grads.dtypes, strict=True)
         ]
-        return grads.unflatten(leaves), new_state
+        return grads.unflatten(leaves), state_of(new_state, kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def of_gramian(
+    rule: Callable[..., Any],
+    *,
+    name: str,
+    axis_name: AxisName | None,
+    hyperparams: dict[str, Any] | None = None,
+    seed: Any = None,
+    memory: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """What this library's own rules on inner products share.
+
+    A present environment whose gradient is not finite makes all weights NaN. An absent
+    one is a row and a column of zeros, and its weight is 0.
+
+    Args:
+      rule: `rule(gramian, shares, size, **keywords) -> weights`: of a Gramian that is
+        divided by `size`, its largest diagonal entry, so that no number leaves the
+        range of its dtype; shares `[env]` are env_weights with the sum 1. With
+        `memory` it takes the keyword `memory` and returns `(weights, memory)`.
+      name: for messages.
+      axis_name: see `and_mask`.
+      hyperparams: see `weighting`, checked.
+      seed: of the keyword `key`, another one in every update; None for none.
+      memory: see `build`.
+    """
+
+    def weights_of(
+        grads: forms.Gradients, given: dict[str, Any], memory: Any
+    ) -> tuple[jax.Array, Any]:
+        gramian, env_weights = total_gramian(grads), grads.env_weights()
+        here = env_weights > 0
+        gramian = jnp.where(here[:, None] & here[None, :], gramian, 0)
+        known = jnp.all(jnp.isfinite(gramian))
+        gramian = jnp.where(known, gramian, jnp.eye(len(gramian), dtype=gramian.dtype))
+        size = jnp.max(jnp.diagonal(gramian))
+        size = jnp.where(size > 0, size, 1)
+        shares = jnp.where(here, env_weights, 0).astype(gramian.dtype)
+        if memory is not None:
+            given = given | {"memory": memory}
+        result = rule(gramian / size, shares / jnp.sum(shares), size, **given)
+        if memory is None:
+            return jnp.where(known, result, jnp.nan), None
+        weights, kept = result
+        return jnp.where(known, weights, jnp.nan), jnp.where(known, kept, memory)
+
+    return build(
+        weights_of,
+        name=name,
+        axis_name=axis_name,
+        hyperparams=hyperparams,
+        seed=seed,
+        memory=memory,
+    )

@@ -1,0 +1,106 @@
+"""As good for the worst environment as near the mean is possible."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from hardvary import _hyperparams, _validate
+from hardvary._typing import AxisName
+from hardvary.aggregators.quadratic import complementary, cosines
+from hardvary.aggregators.weighting import of_gramian
+
+
+def cagrad(
+    c: ArrayLike = 0.5, *, axis_name: AxisName | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""The update near the mean that does most for the environment it does least for.
+
+    .. math::
+      u = \arg\max_{u} \min_e \langle u, g_e \rangle \quad\text{subject to}\quad
+      \|u - g_0\| \le c \, \|g_0\|, \qquad g_0 = \sum_e p_e g_e
+
+    Conflict-averse gradient descent. With `c < 1` it still converges to a minimum of
+    the mean loss; with `c = 0` it is the mean. The weights :math:`p` are `env_weights`
+    with the sum 1, equal unless given. Solved exactly; nothing is divided by `1 +
+    c**2`.
+
+    Args:
+      c: >= 0, how far from the mean the update may go, in lengths of the mean; possibly
+        traced, or a schedule.
+      axis_name: see `and_mask`.
+
+    Returns:
+      A transformation with the contract of `weighting`.
+
+    Raises:
+      TypeError: a c that is no real scalar or schedule; (tracing) as `weighting`.
+      ValueError: a negative, infinite or NaN c; (tracing) as `weighting`.
+
+    Edge cases:
+      ==========================  ==================================================
+      NaN or infinity             in a present environment: everything is NaN
+      an environment of weight 0  as if it were not there, whatever it holds
+      a mean of 0                 0
+      ==========================  ==================================================
+
+    Example:
+      >>> import jax.numpy as jnp, hardvary
+      >>> tx = hardvary.cagrad(c=0.5)
+      >>> params = jnp.zeros(2)
+      >>> grads = jnp.array([[2.0, 0.0], [0.0, 2.0]])  # [env, 2]
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> [round(x, 4) for x in updates.tolist()]
+      [1.5, 1.5]
+
+    References:
+      Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
+      <https://arxiv.org/abs/2110.14048>`_, NeurIPS 2021.
+
+    Warning:
+      Must come first in an `optax.chain`.
+    """
+    _hyperparams.check_scalars("c", c)
+    for value in jax.tree.leaves(c):
+        if not callable(value):
+            _validate.finite_at_least("c", value, 0.0)
+
+    def rule(gramian: jax.Array, shares: jax.Array, size: Any, c: Any) -> jax.Array:
+        del size
+        matrix, lengths = cosines(gramian)
+        product = lambda w: jnp.matmul(  # noqa: E731
+            matrix, w, precision=jax.lax.Precision.HIGHEST
+        )
+        here = shares > 0
+        mean = shares * lengths
+        slopes = product(mean)  # <g_e, g_0> / |g_e|
+        norm = jnp.sqrt(jnp.maximum(mean @ slopes, 0))
+        radius = jnp.asarray(c, norm.dtype) * norm
+        inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
+        # For a gain t of everyone the least that has to be added is y >= 0 with
+        # G y + b - t >= 0. The larger t, the longer it is.
+        gains = jnp.where(here, slopes * lengths, jnp.inf)
+        low = jnp.min(gains)
+        high = low + radius * jnp.max(jnp.where(here, lengths, 0))
+
+        def added(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = complementary(matrix, jnp.where(here, slopes - t * inverse, 1))
+            return y, jnp.sqrt(jnp.maximum(y @ product(y), 0))
+
+        def halve(_: Any, bounds: Any) -> Any:
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            longer = added(middle)[1] > radius
+            return jnp.where(longer, low, middle), jnp.where(longer, middle, high)
+
+        halvings = jnp.finfo(norm.dtype).nmant
+        low, _ = jax.lax.fori_loop(0, halvings, halve, (low, high))
+        y, length = added(low)
+        # On the sphere to the last digit.
+        y *= jnp.where(length > 0, radius / jnp.where(length > 0, length, 1), 0)
+        weights = mean + jnp.where(radius > 0, y, 0)
+        return jnp.where(lengths > 0, weights * inverse, shares)
+
+    return of_gramian(rule, name="cagrad", axis_name=axis_name, hyperparams={"c": c})
