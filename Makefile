@@ -5,6 +5,8 @@ READY := $(VENV)/.ready
 GAME_READY := $(VENV)/.coinrun-ready
 TORCH_VENV := .venv-torch
 TORCH_READY := $(TORCH_VENV)/.ready
+PRIVACY_VENV := .venv-privacy
+PRIVACY_READY := $(PRIVACY_VENV)/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help venv coinrun demo test lint format docs figures bench clean
@@ -59,8 +61,10 @@ docs: $(READY)  ## Build the documentation, build/docs/index.html; a warning is 
 figures: $(READY)  ## Draw the figures of the tutorial.
 	$(RUN) -m docs.make_figures
 
-bench: $(READY) $(TORCH_READY)  ## Time steps and epochs beside PyTorch, and growth.
+bench: $(READY) $(TORCH_READY) $(PRIVACY_READY)  ## Time steps and epochs beside other systems, and growth.
 	$(RUN) -m experiments.benchmark steps --torch-python $(TORCH_VENV)/bin/python
+	$(RUN) -m experiments.benchmark gramian --growth \
+	  --torch-python $(TORCH_VENV)/bin/python --privacy-python $(PRIVACY_VENV)/bin/python
 	$(RUN) -m experiments.benchmark growth
 	$(RUN) -m experiments.benchmark epochs --torch-python $(TORCH_VENV)/bin/python
 
@@ -70,5 +74,11 @@ $(TORCH_READY): experiments/benchmark/requirements-torch.txt
 	@$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+$(PRIVACY_READY): experiments/benchmark/requirements-privacy.txt requirements.txt
+	@echo "Creating $(PRIVACY_VENV) for JAX Privacy"
+	@$(PYTHON) -m venv --clear $(PRIVACY_VENV)
+	@$(PRIVACY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:  ## Remove the virtual environments and caches, not runs/.
-	rm -rf $(VENV) $(TORCH_VENV) build docs/api .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TORCH_VENV) $(PRIVACY_VENV) build docs/api .mypy_cache .pytest_cache .ruff_cache

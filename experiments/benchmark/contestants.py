@@ -117,7 +117,11 @@ class CompiledStep:
 
 def compile_step(contestant: JaxContestant, workload: Workload) -> CompiledStep:
     """Compiles a step from scratch: nothing of earlier traces is reused."""
-    step, arguments = make_step(contestant, workload)
+    return compile_made(*make_step(contestant, workload))
+
+
+def compile_made(step: Callable[..., Any], arguments: tuple[Any, ...]) -> CompiledStep:
+    """Compiles a step as `make_step` returns it."""
     jax.clear_caches()
     start = time.perf_counter()
     compiled = jax.jit(step).lower(*arguments).compile()

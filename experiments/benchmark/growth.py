@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -40,14 +41,23 @@ class GrowthConfig:
     """Each contestant takes as many steps in a round as fit, at least one."""
 
     def __post_init__(self) -> None:
-        for field in ("envs", "widths"):
-            values = getattr(self, field)
-            ascending = len(values) > 0 and list(values) == sorted(set(values))
-            require(field, values, ascending, "one or more in ascending order")
-            require(field, values, values[0] >= 1, "at least 1 each")
+        require_sizes(self, "envs", "widths")
         require_at_least(self, 1, "base_envs", "base_width", "rounds")
         seconds = self.round_seconds
         require("round_seconds", seconds, 0 <= seconds < 3600, "in [0, 3600)")
+
+
+def require_sizes(config: Any, *fields: str) -> None:
+    """Refuses fields that are no list of ascending sizes.
+
+    Raises:
+      ValueError: one is none.
+    """
+    for field in fields:
+        values = getattr(config, field)
+        ascending = len(values) > 0 and list(values) == sorted(set(values))
+        require(field, values, ascending, "one or more in ascending order")
+        require(field, values, values[0] >= 1, "at least 1 each")
 
 
 PRESETS: dict[Preset, GrowthConfig] = {
@@ -105,6 +115,16 @@ def _measure(
         name: ways.compile_step(name, workload)
         for name in ways.jax_contestants(workload)
     }
+    return measure_size(compiled, workload, size, config)
+
+
+def measure_size(
+    compiled: Mapping[Any, ways.CompiledStep],
+    workload: Workload,
+    size: int,
+    config: GrowthConfig,
+) -> list[dict[str, Any]]:
+    """A row for every contestant at one size."""
     steps: dict[str, ways.Contestant] = {
         name: step.run for name, step in compiled.items()
     }
@@ -121,12 +141,16 @@ def _measure(
     ]
 
 
-def format_table(rows: list[dict[str, Any]], what: str) -> str:
+def format_table(
+    rows: list[dict[str, Any]],
+    what: str,
+    contestants: Mapping[str, str] = ways.LABELS,
+) -> str:
     """Rows as a Markdown table."""
     lines = [f"| {what} | step | ms | temporary MB |", "|---|---|---|---|"]
     for row in rows:
         time, megabytes = row["seconds_per_step"], row["temp_bytes"] / 1e6
-        label = ways.LABELS[row["contestant"]]
+        label = contestants[row["contestant"]]
         lines.append(
             f"| {row['size']} | {label} | {ways.milliseconds(time)} | {megabytes:.1f} |"
         )
@@ -134,7 +158,11 @@ def format_table(rows: list[dict[str, Any]], what: str) -> str:
 
 
 def draw(
-    envs: list[dict[str, Any]], widths: list[dict[str, Any]], config: GrowthConfig
+    envs: list[dict[str, Any]],
+    widths: list[dict[str, Any]],
+    config: GrowthConfig,
+    contestants: Mapping[str, str] = ways.LABELS,
+    colors: Mapping[str, str] = ways.COLORS,
 ) -> Figure:
     """Time and temporary memory over environments and over width, on log axes."""
     plots.use_style()
@@ -148,11 +176,13 @@ def draw(
         ("seconds_per_step", 1e3, "milliseconds per step"),
         ("temp_bytes", 1e-6, "temporary memory, MB"),
     )
+    measured = {row["contestant"] for row in envs}
+    names = [name for name in contestants if name in measured]
     for column, (rows, x_label) in enumerate(columns):
         sizes = sorted({row["size"] for row in rows})
         for line, (quantity, factor, y_label) in enumerate(quantities):
             axes = panels[line, column]
-            for index, name in enumerate(ways.CONTESTANTS):
+            for index, name in enumerate(names):
                 own = [row for row in rows if row["contestant"] == name]
                 axes.plot(
                     [row["size"] for row in own],
@@ -161,8 +191,8 @@ def draw(
                     # Ever thinner, so that lines that coincide can all be seen.
                     linewidth=5 - index,
                     markersize=11 - 2 * index,
-                    color=ways.COLORS[name],
-                    label=ways.LABELS[name],
+                    color=colors[name],
+                    label=contestants[name],
                 )
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

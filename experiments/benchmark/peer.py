@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,29 @@ class PeerOptions(RunOptions):
 def torch_process(python: Path, script: str) -> Iterator[Ask]:
     """Runs a script of this directory with another interpreter, while it is needed."""
     path = Path(__file__).with_name(script)
+    flag = f"--torch-python {python}"
+    with peer_process([str(python), str(path)], flag, "PyTorch") as ask:
+        yield ask
+
+
+@contextlib.contextmanager
+def peer_process(command: Sequence[str], flag: str, name: str) -> Iterator[Ask]:
+    """Runs a command that answers lines, while it is needed.
+
+    Args:
+      command: the program and its arguments.
+      flag: where the program came from, for messages.
+      name: what it runs, likewise.
+    """
     try:
         process = subprocess.Popen(
-            [str(python), str(path)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
     except OSError as error:
-        raise RunDirError(f"--torch-python {python}: {error.strerror}") from None
+        raise RunDirError(f"{flag}: {error.strerror}") from None
 
     def ask(request: dict[str, Any]) -> dict[str, Any]:
         assert process.stdin is not None
@@ -54,7 +68,7 @@ def torch_process(python: Path, script: str) -> Iterator[Ask]:
             answer: dict[str, Any] = json.loads(process.stdout.readline())
         except (BrokenPipeError, ValueError):
             raise RunDirError(
-                "the PyTorch process ended early: see its message above; "
+                f"the {name} process ended early: see its message above; "
                 "`make bench` installs what it needs"
             ) from None
         return answer
@@ -81,9 +95,18 @@ def require_same_losses(losses: dict[str, float], unit: str) -> None:
     Raises:
       RunDirError: they do not train the same, so that the seconds say nothing.
     """
-    values = list(losses.values())
-    if not np.ptp(values) <= LOSS_TOLERANCE * np.max(values):  # also if one is NaN
+    require_close(losses, f"losses of the first {unit}", LOSS_TOLERANCE)
+
+
+def require_close(values: Mapping[str, float], what: str, tolerance: float) -> None:
+    """Refuses contestants whose values are relatively further apart than that.
+
+    Raises:
+      RunDirError: they are.
+    """
+    numbers = list(values.values())
+    if not np.ptp(numbers) <= tolerance * np.max(numbers):  # also if one is NaN
         raise RunDirError(
-            f"the contestants do not train the same; losses of the first {unit}: "
-            + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
+            f"the contestants do not train the same; {what}: "
+            + ", ".join(f"{name} {value:.6f}" for name, value in values.items())
         )

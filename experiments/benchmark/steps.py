@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from experiments.benchmark import contestants as ways
 from experiments.benchmark.contestants import CompiledStep, Contestant
 from experiments.benchmark.peer import (
+    Ask,
     PeerOptions,
     require_same_losses,
     torch_process,
@@ -27,6 +28,7 @@ from experiments.benchmark.peer import (
 from experiments.benchmark.workloads import (
     LABELS,
     WORKLOADS,
+    AnyWorkloadName,
     Sizes,
     Workload,
     WorkloadName,
@@ -134,7 +136,9 @@ def _run(run: RunDir, config: StepsConfig, torch_python: Path | None) -> None:
                             stack, torch_python, folder / "workload.npz", way
                         )
             compiled, compile_seconds = compile_all(
-                workload, ways.jax_contestants(workload), config.compile_rounds, name
+                _compilers(ways.jax_contestants(workload), workload),
+                config.compile_rounds,
+                name,
             )
             losses, steps, seconds = measure(
                 {**{way: step.run for way, step in compiled.items()}, **peers},
@@ -151,7 +155,9 @@ def _run(run: RunDir, config: StepsConfig, torch_python: Path | None) -> None:
         sizes = dataclasses.replace(config.sizes, layers=config.deep_layers)
         workload = build("transformer_16x4", sizes)
         _, compile_seconds = compile_all(
-            workload, ("plain", "fused"), config.compile_rounds, "deep transformer"
+            _compilers(("plain", "fused"), workload),
+            config.compile_rounds,
+            "deep transformer",
         )
         deep["deep_transformer"] = {
             "layers": config.deep_layers,
@@ -170,11 +176,16 @@ def _run(run: RunDir, config: StepsConfig, torch_python: Path | None) -> None:
     )
 
 
+def _compilers(
+    names: Iterable[ways.JaxContestant], workload: Workload
+) -> dict[str, Callable[[], CompiledStep]]:
+    return {
+        name: functools.partial(ways.compile_step, name, workload) for name in names
+    }
+
+
 def compile_all(
-    workload: Workload,
-    names: Sequence[ways.JaxContestant],
-    rounds: int,
-    label: str,
+    compilers: Mapping[str, Callable[[], CompiledStep]], rounds: int, label: str
 ) -> tuple[dict[str, CompiledStep], dict[str, float]]:
     """Compiles every contestant, alternating.
 
@@ -183,12 +194,12 @@ def compile_all(
     """
     _start_compiler()
     compiled: dict[str, CompiledStep] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in compilers}
     for _ in range(rounds):
-        for name in tqdm(names, desc=f"{label}: compile", leave=False):
-            compiled[name] = ways.compile_step(name, workload)
+        for name in tqdm(compilers, desc=f"{label}: compile", leave=False):
+            compiled[name] = compilers[name]()
             seconds[name].append(compiled[name].compile_seconds)
-    return compiled, {name: statistics.median(seconds[name]) for name in names}
+    return compiled, {name: statistics.median(seconds[name]) for name in compilers}
 
 
 @functools.cache
@@ -208,20 +219,35 @@ def torch_contestant(
     Raises:
       RunDirError: PyTorch cannot take as many threads as XLA.
     """
-    ask = stack.enter_context(torch_process(python, "torch_steps.py"))
+    ask, description = start_torch(stack, python, "torch_steps.py", path, way)
+    return steps_of(ask), description
+
+
+def start_torch(
+    stack: contextlib.ExitStack, python: Path, script: str, path: Path, way: str
+) -> tuple[Ask, dict[str, Any]]:
+    """A process that has loaded a workload, and the PyTorch version; see above."""
+    ask = stack.enter_context(torch_process(python, script))
     threads = ways.num_threads()
     description = ask({"load": str(path), "way": way, "threads": threads})
     if description.pop("threads") != threads:
         raise RunDirError(f"PyTorch does not take {threads} threads, as XLA does")
+    return ask, description
+
+
+def steps_of(ask: Ask) -> Contestant:
+    """The contestant whose steps a process takes."""
 
     def run(num_steps: int) -> dict[str, float]:
         answer = ask({"steps": num_steps})
         return {**answer, "seconds": answer["seconds"] / num_steps}
 
-    return run, description
+    return run
 
 
-def write_workload(name: WorkloadName, workload: Workload, path: Path) -> None:
+def write_workload(
+    name: AnyWorkloadName, workload: Workload, path: Path, **settings: float
+) -> None:
     """Writes initial weights and data for PyTorch, in the layout of Flax."""
     arrays: dict[str, Any] = {
         "param:" + jax.tree_util.keystr(key, simple=True, separator="."): leaf
@@ -230,6 +256,7 @@ def write_workload(name: WorkloadName, workload: Workload, path: Path) -> None:
     arrays |= {"x": workload.batch[0], "y": workload.batch[1]}
     arrays |= {"workload": name}
     arrays |= {"threshold": ways.THRESHOLD, "learning_rate": ways.LEARNING_RATE}
+    arrays |= settings
     arrays = {key: np.asarray(leaf) for key, leaf in arrays.items()}
     np.savez(path, **arrays)
 
@@ -299,10 +326,12 @@ def _ratios(values: dict[str, float], reference: str) -> dict[str, float]:
     return {name: value / values[reference] for name, value in values.items()}
 
 
-def with_all_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_all_columns(
+    rows: list[dict[str, Any]], contestants: Iterable[str] = ways.LABELS
+) -> list[dict[str, Any]]:
     """Rows with the columns of all; a cell is empty where a contestant was left out."""
     found = {column for row in rows for column in row}
-    columns = [c for c in ("workload", "round", *ways.LABELS) if c in found]
+    columns = [c for c in ("workload", "round", *contestants) if c in found]
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
@@ -347,7 +376,12 @@ def _compile_cells(result: dict[str, Any], name: str) -> list[str]:
     ]
 
 
-def draw(results: dict[WorkloadName, Any], rows: list[dict[str, Any]]) -> Figure:
+def draw(
+    results: Mapping[Any, Any],
+    rows: list[dict[str, Any]],
+    contestants: Mapping[str, str] = ways.LABELS,
+    colors: Mapping[str, str] = ways.COLORS,
+) -> Figure:
     """Bars of the medians, grouped by workload, with every measurement as a dot."""
     plots.use_style()
     medians = {name: results[name]["median_seconds_per_step"] for name in results}
@@ -361,7 +395,7 @@ def draw(results: dict[WorkloadName, Any], rows: list[dict[str, Any]]) -> Figure
         ticks.append(position + (len(seconds) - 1) / 2)
         for name, median in seconds.items():
             measured = [r[name] * 1e3 for r in rows if r["workload"] == workload]
-            axes.barh(position, median * 1e3, 0.85, color=ways.COLORS[name])
+            axes.barh(position, median * 1e3, 0.85, color=colors[name])
             axes.plot(measured, [position] * len(measured), "k.", ms=3, alpha=0.35)
             axes.annotate(
                 ways.milliseconds(median),
@@ -381,9 +415,9 @@ def draw(results: dict[WorkloadName, Any], rows: list[dict[str, Any]]) -> Figure
     axes.set_xlim(left=lowest / 3)
     axes.margins(x=0.08, y=0.01)
     axes.set_xlabel("milliseconds per step (median; dots: every round)")
-    drawn = [c for c in ways.LABELS if any(c in of_one for of_one in medians.values())]
+    drawn = [c for c in contestants if any(c in of_one for of_one in medians.values())]
     figure.legend(
-        handles=[Patch(color=ways.COLORS[c], label=ways.LABELS[c]) for c in drawn],
+        handles=[Patch(color=colors[c], label=contestants[c]) for c in drawn],
         loc="outside upper left",
         ncols=2,
         fontsize=11,

@@ -54,6 +54,30 @@ class ConvNorm(nn.Module):
         return functional.relu(self.norm(self.conv(x)))
 
 
+class GroupedCNN(nn.Module):
+    """A 3x3 convolution, one in pairs, one by channel, then two dense layers."""
+
+    def __init__(self, width, features):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(3, width, 3),
+                nn.Conv2d(width, 2 * width, 3, groups=width),
+                nn.Conv2d(2 * width, 2 * width, 3, groups=2 * width),
+            ]
+        )
+        self.hidden = nn.Linear(features, 4 * width)
+        self.head = nn.Linear(4 * width, 10)
+
+    def forward(self, x):
+        """Logits for images [batch, channel, side, side]."""
+        first, pairs, channels = self.convs
+        x = pairs(functional.relu(first(x)))
+        x = functional.relu(functional.max_pool2d(x, 2))
+        x = functional.relu(functional.max_pool2d(channels(x), 3))
+        return self.head(functional.relu(self.hidden(x.flatten(1))))
+
+
 # Of ImageNet's red, green and blue, as in experiments/vision/model.py.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -173,6 +197,11 @@ def to_torch(path, leaf):
     return name, torch.from_numpy(np.ascontiguousarray(leaf))
 
 
+def channels_first(weight, side):
+    """Of a dense layer whose input Flax flattened from [side, side, channel]."""
+    return weight.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2).flatten(1)
+
+
 def dense(params, activation):
     """An MLP that has its weights already."""
     layers = {
@@ -200,9 +229,7 @@ def load_model(name, params, x):
         kernels = [weights[f"layers.{index}.weight"] for index in range(count)]
         channels = [kernels[0].shape[1], *(len(kernel) for kernel in kernels)]
         side = x.shape[-1] // 2**count
-        head = weights["head.weight"]
-        # Flax flattened [side, side, channel], PyTorch has the channels first.
-        head = head.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2).flatten(1)
+        head = channels_first(weights["head.weight"], side)
         weights = {"head.weight": head, "head.bias": weights["head.bias"]} | {
             f"layers.{index}.0.{kind}": weights[f"layers.{index}.{kind}"]
             for index in range(count)
@@ -213,6 +240,12 @@ def load_model(name, params, x):
         if len(x) != 1:
             raise ValueError("instance norm is batch norm for one example alone")
         model = FastResNet(len(weights["prep.conv.weight"]))
+    elif name == "grouped_cnn_64x1":
+        width = len(weights["convs.0.weight"])
+        features = weights["hidden.weight"].shape[1]
+        side = round((features / (2 * width)) ** 0.5)
+        weights["hidden.weight"] = channels_first(weights["hidden.weight"], side)
+        model = GroupedCNN(width, features)
     else:
         vocabulary, width = weights["tokens.weight"].shape
         heads = params["blocks.0.attention.query.kernel.value"].shape[1]

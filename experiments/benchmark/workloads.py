@@ -20,13 +20,17 @@ WorkloadName = Literal[
     "mlp_80x1", "cnn_80x1", "mlp_16x128", "fastresnet_80x1", "transformer_16x4"
 ]
 WORKLOADS: tuple[WorkloadName, ...] = get_args(WorkloadName)
+# Of these `steps` takes those above; the last one is a network that TorchJD profiles.
+AnyWorkloadName = Literal[WorkloadName, "grouped_cnn_64x1"]
+ALL_WORKLOADS: tuple[AnyWorkloadName, ...] = get_args(AnyWorkloadName)
 
-LABELS: dict[WorkloadName, str] = {
+LABELS: dict[AnyWorkloadName, str] = {
     "mlp_80x1": "MLP 784-512-512-10\n80 of 1",
     "cnn_80x1": "CNN 32-64-128\n80 of 1",
     "mlp_16x128": "MLP 18-256-256-256-1\n16 of 128",
     "fastresnet_80x1": "FastResNet\n80 of 1",
     "transformer_16x4": "Transformer, 2 layers\n16 of 4",
+    "grouped_cnn_64x1": "CNN, grouped\n64 of 1",
 }
 
 Params = Any
@@ -73,9 +77,9 @@ class Sizes:
         return max(least, size // self.shrink)
 
 
-def build(name: WorkloadName, sizes: Sizes) -> Workload:
+def build(name: AnyWorkloadName, sizes: Sizes) -> Workload:
     """A workload, with weights and data from a fixed key."""
-    builders: dict[WorkloadName, Callable[[Sizes], Workload]] = {
+    builders: dict[AnyWorkloadName, Callable[[Sizes], Workload]] = {
         "mlp_80x1": lambda sizes: image_mlp(
             sizes.scaled(80, 2), sizes.scaled(512), sizes.scaled(784)
         ),
@@ -83,6 +87,7 @@ def build(name: WorkloadName, sizes: Sizes) -> Workload:
         "mlp_16x128": _tabular_mlp,
         "fastresnet_80x1": _fast_resnet,
         "transformer_16x4": _transformer,
+        "grouped_cnn_64x1": _grouped_cnn,
     }
     return builders[name](sizes)
 
@@ -149,6 +154,13 @@ def _transformer(sizes: Sizes) -> Workload:
     return _workload(model, cross_entropy, (tokens[..., :-1], tokens[..., 1:]))
 
 
+def _grouped_cnn(sizes: Sizes) -> Workload:
+    side = sizes.scaled(32, 16)
+    model = GroupedCNN(sizes.scaled(32, 2), side, rngs=nnx.Rngs(0))
+    data = _labelled(sizes.scaled(64, 2), (side, side, 3))
+    return _workload(model, cross_entropy, data)
+
+
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean softmax cross-entropy with integer labels."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -207,6 +219,40 @@ class CNN(nnx.Module):
         for layer in self.layers:
             x = nnx.avg_pool(nnx.relu(layer(x)), (2, 2), strides=(2, 2))
         return self.head(x.reshape(len(x), -1))
+
+
+class GroupedCNN(nnx.Module):
+    """A 3x3 convolution, one in pairs, one by channel, then two dense layers."""
+
+    def __init__(self, width: int, side: int, *, rngs: nnx.Rngs):
+        def conv(fan_in: int, fan_out: int, groups: int) -> nnx.Conv:
+            return nnx.Conv(
+                fan_in,
+                fan_out,
+                (3, 3),
+                padding="VALID",
+                feature_group_count=groups,
+                rngs=rngs,
+            )
+
+        self.convs = nnx.List(
+            [
+                conv(3, width, 1),
+                conv(width, 2 * width, width),
+                conv(2 * width, 2 * width, 2 * width),
+            ]
+        )
+        final_side = ((side - 4) // 2 - 2) // 3
+        self.hidden = nnx.Linear(final_side**2 * 2 * width, 4 * width, rngs=rngs)
+        self.head = nnx.Linear(4 * width, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits for images [batch, side, side, 3]."""
+        first, pairs, channels = self.convs
+        x = pairs(nnx.relu(first(x)))
+        x = nnx.relu(nnx.max_pool(x, (2, 2), strides=(2, 2)))
+        x = nnx.relu(nnx.max_pool(channels(x), (3, 3), strides=(3, 3)))
+        return self.head(nnx.relu(self.hidden(x.reshape(len(x), -1))))
 
 
 class Block(nnx.Module):
