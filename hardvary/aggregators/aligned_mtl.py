@@ -39,7 +39,7 @@ def aligned_mtl(
       ==========================  ==================================================
       NaN or infinity             in a present environment: everything is NaN
       an environment of weight 0  as if it were not there, whatever it holds
-      gradients in few dimensions  only directions that they span
+      fewer dimensions than rows  only directions that they span
       ==========================  ==================================================
 
     Example:

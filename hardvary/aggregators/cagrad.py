@@ -24,8 +24,8 @@ def cagrad(
 
     Conflict-averse gradient descent. With `c < 1` it still converges to a minimum of
     the mean loss; with `c = 0` it is the mean. The weights :math:`p` are `env_weights`
-    with the sum 1, equal unless given. Solved exactly; nothing is divided by `1 +
-    c**2`.
+    with the sum 1, equal unless given. Solved exactly; what some codes do to
+    its length afterwards is left to `optax.scale`.
 
     Args:
       c: >= 0, how far from the mean the update may go, in lengths of the mean; possibly
