@@ -259,7 +259,7 @@ def test_grouped_cnn_has_one_loss_per_environment():
 
 
 def test_tables_know_every_contestant():
-    assert gramian.PRESETS["cpu"].workloads == workloads.ALL_WORKLOADS
+    assert gramian.PRESETS["cpu"].workloads == workloads.WORKLOADS
     assert set(gramian.COLORS) == set(gramian.LABELS)
     torch = {f"torch_{way}" for way in gramian.TORCH_WAYS}
     named = {*gramian.CONTESTANTS, *torch, "jax_privacy"}
