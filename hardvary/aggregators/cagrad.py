@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from hardvary import _hyperparams, _validate
 from hardvary._typing import AxisName
-from hardvary.aggregators.quadratic import complementary, cosines
+from hardvary.aggregators.quadratic import cosines, shortest_reaching
 from hardvary.aggregators.weighting import of_gramian
 
 
@@ -79,28 +79,32 @@ def cagrad(
         norm = jnp.sqrt(jnp.maximum(mean @ slopes, 0))
         radius = jnp.asarray(c, norm.dtype) * norm
         inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
-        # For a gain t of everyone the least that has to be added is y >= 0 with
-        # G y + b - t >= 0. The larger t, the longer it is.
-        gains = jnp.where(here, slopes * lengths, jnp.inf)
-        low = jnp.min(gains)
-        high = low + radius * jnp.max(jnp.where(here, lengths, 0))
+        safe = jnp.where(radius > 0, radius, 1)
 
-        def added(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-            y = complementary(matrix, jnp.where(here, slopes - t * inverse, 1))
-            return y, jnp.sqrt(jnp.maximum(y @ product(y), 0))
+        def go_on(state: Any) -> jax.Array:
+            *_, moves, count = state
+            return moves & (count < 60)
 
-        def halve(_: Any, bounds: Any) -> Any:
-            low, high = bounds
-            middle = 0.5 * (low + high)
-            longer = added(middle)[1] > radius
-            return jnp.where(longer, low, middle), jnp.where(longer, middle, high)
+        def step(state: Any) -> Any:
+            # The shortest way from the mean to a gain of t for everyone. While it is too
+            # long, its multipliers say what nobody can have more than: Newton's method
+            # for a convex function, from above, and Lagrange's dual.
+            gain, x, *_, count = state
+            heights = (gain * inverse - slopes) / safe
+            heights = jnp.where(lengths > 0, heights, 0)
+            x, rest = shortest_reaching(matrix, heights, x > 0)
+            length = jnp.sqrt(jnp.maximum(x @ product(x), 0))
+            total = jnp.sum(x * inverse)
+            bound = (x @ slopes + radius * length) / jnp.where(total > 0, total, 1)
+            moves = (length > rest) & (bound < gain) & (total > 0)
+            return jnp.where(moves, bound, gain), x, rest, length, moves, count + 1
 
-        halvings = jnp.finfo(norm.dtype).nmant
-        low, _ = jax.lax.fori_loop(0, halvings, halve, (low, high))
-        y, length = added(low)
-        # On the sphere to the last digit.
-        y *= jnp.where(length > 0, radius / jnp.where(length > 0, length, 1), 0)
-        weights = mean + jnp.where(radius > 0, y, 0)
+        most = jnp.min(jnp.where(here, (slopes + radius) * lengths, jnp.inf))
+        nothing, one = jnp.zeros_like(mean), jnp.ones_like(norm)
+        start = (most, nothing, one, one, jnp.asarray(True), jnp.asarray(0))
+        _, x, rest, length, *_ = jax.lax.while_loop(go_on, step, start)
+        # Inside of the ball to the last digit.
+        weights = mean + radius * x / jnp.maximum(rest, length)
         return jnp.where(lengths > 0, weights * inverse, shares)
 
     return of_gramian(rule, name="cagrad", axis_name=axis_name, hyperparams={"c": c})

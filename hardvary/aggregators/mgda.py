@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from hardvary._typing import AxisName
-from hardvary.aggregators.quadratic import complementary, cosines
+from hardvary.aggregators.quadratic import cosines, shortest_reaching
 from hardvary.aggregators.weighting import of_gramian
 
 
@@ -66,11 +66,12 @@ def mgda(*, axis_name: AxisName | None = None) -> optax.GradientTransformationEx
         here = shares > 0
         matrix, lengths = cosines(gramian)
         zero = here & (lengths == 0)
-        # With x = w / |u|**2 in the place of w: x >= 0, G x >= 1, in lengths of 1.
+        # The shortest vector that has the product 1 with every gradient, at least, points
+        # the same way.
         least = jnp.min(jnp.where(lengths > 0, lengths, jnp.inf))
         least = jnp.where(jnp.isfinite(least), least, 1)
         inverse = jnp.where(lengths > 0, least / jnp.where(lengths > 0, lengths, 1), 0)
-        weights = complementary(matrix, -inverse) * inverse
+        weights = shortest_reaching(matrix, inverse)[0] * inverse
         weights = jnp.where(jnp.any(zero), zero.astype(weights.dtype), weights)
         return weights / jnp.sum(weights)
 

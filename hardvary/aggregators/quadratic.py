@@ -4,80 +4,127 @@ The matrix is a Gramian with a diagonal of 1, at the most: symmetric, possibly s
 without eigenvalues below 0.
 """
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Rounds of exchanges in which no infeasibility went away, before one is exchanged at a
-# time: cycles end there.
+# Rounds of exchanges in which no infeasibility went away, before the problem is made an
+# easier one: cycles end there.
 _PATIENCE = 3
+# Of exchanges, beside one for every component: many more than any problem has needed.
+_ROUNDS = 100
 
 
-def complementary(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+class _Pivoting(NamedTuple):
+    inside: jax.Array
+    wrong: jax.Array
+    x: jax.Array
+    center: jax.Array
+    near: jax.Array
+    fewest: jax.Array
+    patience: jax.Array
+    rounds: jax.Array
+    moves: jax.Array
+
+
+def complementary(
+    matrix: jax.Array, vector: jax.Array, guess: jax.Array | None = None
+) -> jax.Array:
     """`x >= 0` with `M x + q >= 0`, where one of the two is 0 in every component.
 
     It minimizes `x M x / 2 + q x` over `x >= 0`. By exchanging all components on the
     wrong side at once (block principal pivoting, Portugal et al. 1994), one at a time
-    where that makes no progress. Directions in which M says nothing are decided by the
-    shortest x.
+    where that makes no progress. M may be singular: what is solved is M + d I, d a few
+    roundings, first around 0, then around what came out (the proximal point method).
 
     Args:
       matrix: `[n, n]`, M.
-      vector: `[n]`, q; components with a zero row in M must be >= 0.
+      vector: `[n]`, q; components with a zero row in M must be >= 0, and where M says
+        nothing in a direction of x >= 0, q must not fall in it.
+      guess: `[n]`, where x is probably positive.
     """
     size, eps = len(vector), jnp.finfo(matrix.dtype).eps
     identity = jnp.eye(size, dtype=matrix.dtype)
-    # Small beside the rounding of a Gramian; what factors of a singular one need is
-    # larger, and is taken out again.
-    matrix, safe = matrix + 2 * eps * identity, 4 * size * eps * identity
+    # Enough for factors of a singular matrix to be precise.
+    least = jnp.asarray(64 * eps * size**0.5, matrix.dtype)
     tolerance = 8 * eps * (1 + jnp.max(jnp.abs(vector)))
-    index = jnp.arange(size)
 
-    def solved(inside: jax.Array) -> tuple[jax.Array, jax.Array]:
-        both = inside[:, None] & inside[None, :]
-        system = jnp.where(both, matrix, identity)
-        factor = jax.scipy.linalg.cho_factor(system + safe)
-        right = jnp.where(inside, -vector, 0)
+    def go_on(state: _Pivoting) -> jax.Array:
+        return state.moves & (state.rounds < _ROUNDS + size)
+
+    def step(state: _Pivoting) -> _Pivoting:
+        inside = state.inside ^ state.wrong
+        regular = matrix + state.near * identity
+        shifted = vector - state.near * state.center
+        system = jnp.where(inside[:, None] & inside[None, :], regular, identity)
+        factor = jax.scipy.linalg.cho_factor(system, lower=True)
+        right = jnp.where(inside, -shifted, 0)
         x = jax.scipy.linalg.cho_solve(factor, right)
-        for _ in range(3):
-            x += jax.scipy.linalg.cho_solve(factor, right - _matmul(system, x))
+        x += jax.scipy.linalg.cho_solve(factor, right - _matmul(system, x))
         x = jnp.where(inside, x, 0)
-        return x, _matmul(matrix, x) + vector
 
-    def wrong_of(inside: jax.Array, x: jax.Array, slack: jax.Array) -> jax.Array:
-        largest = jnp.maximum(1, jnp.max(jnp.abs(x)))
-        return jnp.where(inside, x < -tolerance * largest, slack < -tolerance * largest)
-
-    def go_on(state: Any) -> jax.Array:
-        *_, wrong, rounds = state
-        return jnp.any(wrong) & (rounds < 20 + 2 * size)
-
-    def step(state: Any) -> Any:
-        inside, fewest, patience, _, wrong, rounds = state
+        slack = _matmul(regular, x) + shifted
+        largest = tolerance * jnp.maximum(1, jnp.max(jnp.abs(x)))
+        wrong = jnp.where(inside, x, slack) < -largest
         count = jnp.sum(wrong)
-        better = count < fewest
-        patience = jnp.where(better, _PATIENCE, patience - 1)
-        last = index == jnp.max(jnp.where(wrong, index, -1))
-        inside ^= jnp.where(better | (patience >= 0), wrong, last)
-        x, slack = solved(inside)
-        wrong = wrong_of(inside, x, slack)
-        fewest = jnp.minimum(count, fewest)
-        return inside, fewest, patience, x, wrong, rounds + 1
+        solved = count == 0
+        change = state.near * jnp.max(jnp.abs(x - state.center))
+        patience = jnp.where(count < state.fewest, _PATIENCE, state.patience - 1)
+        again = solved | (patience == 0)
+        near = jnp.where(solved, state.near / 5, state.near)
+        near = jnp.where(patience == 0, jnp.sqrt(state.near), near)
+        return _Pivoting(
+            inside=inside,
+            wrong=wrong,
+            x=x,
+            center=jnp.where(solved, jnp.maximum(x, 0), state.center),
+            near=jnp.clip(near, least, 1),
+            fewest=jnp.where(again, size + 1, jnp.minimum(count, state.fewest)),
+            patience=jnp.where(again, _PATIENCE, patience),
+            rounds=state.rounds + 1,
+            moves=~solved | (state.near > least) | (change > largest),
+        )
 
-    nothing = jnp.zeros(size, bool)
-    x = jnp.zeros_like(vector)
-    start = (
-        nothing,
-        jnp.asarray(size + 1),
-        jnp.asarray(_PATIENCE),
-        x,
-        wrong_of(nothing, x, vector),
-        jnp.asarray(0),
+    nothing = jnp.zeros_like(vector)
+    wrong = vector < -tolerance
+    moves = jnp.any(wrong)
+    if guess is not None:
+        wrong = jnp.where(moves & jnp.any(guess), guess, wrong)
+    start = _Pivoting(
+        inside=jnp.zeros(size, bool),
+        wrong=wrong,
+        x=nothing,
+        center=nothing,
+        near=least,
+        fewest=jnp.asarray(size + 1),
+        patience=jnp.asarray(_PATIENCE),
+        rounds=jnp.asarray(0),
+        moves=moves,
     )
-    _, _, _, x, _, _ = jax.lax.while_loop(go_on, step, start)
-    return jnp.maximum(x, 0)
+    return jnp.maximum(jax.lax.while_loop(go_on, step, start).x, 0)
+
+
+def shortest_reaching(
+    matrix: jax.Array, heights: jax.Array, guess: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`x >= 0` and `rest` such that `sum_e x_e a_e / rest` is the shortest of its kind.
+
+    Of all y with `<y, a_e> >= h_e`, M the Gramian of the a_e, of length 1. Its length is
+    `sqrt(1 / rest - 1)`. By least squares, which have a solution where there is no such
+    y (Lawson and Hanson 1974, chapter 23): then rest is 0, and x combines the a_e to 0.
+
+    Args:
+      matrix: `[n, n]`, M.
+      heights: `[n]`, h; components with a zero row in M must be <= 0.
+      guess: as for `complementary`.
+    """
+    scales = jax.lax.rsqrt(1 + heights**2)
+    lifted = (matrix + heights[:, None] * heights[None, :]) * (
+        scales[:, None] * scales[None, :]
+    )
+    x = complementary(lifted, -heights * scales, guess) * scales
+    return x, 1 - heights @ x
 
 
 def cone_projections(matrix: jax.Array) -> jax.Array:
@@ -154,11 +201,15 @@ def cone_projections(matrix: jax.Array) -> jax.Array:
     start = (lower, gradient, parts(lower, gradient)[0], jnp.asarray(0))
     x, gradient, *_ = jax.lax.while_loop(go_on, step, start)
 
-    def one_by_one() -> jax.Array:
+    def exact(row: Any) -> jax.Array:
         # Of more vectors than dimensions, mostly: slower, and sure to end.
-        return lower + jax.vmap(functools.partial(complementary, matrix))(matrix)
+        x, low, start, done = row
+        return jax.lax.cond(
+            done, lambda: x, lambda: low + complementary(matrix, start, x > low)
+        )
 
-    return jax.lax.cond(jnp.any(far(x, gradient, 256)), one_by_one, lambda: x)
+    done = ~far(x, gradient, 256)[:, 0]
+    return jax.lax.map(exact, (x, lower, matrix, done))
 
 
 def _matmul(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -191,42 +242,36 @@ def balanced(gramian: jax.Array, power: Any) -> jax.Array:
     matrix = gramian + jnp.diag(used * (1 + 2 * eps) - diagonal)
     steps = 2.0 ** -jnp.arange(0, 24, dtype=dtype)
 
-    def value(w: jax.Array) -> jax.Array:
-        logs = jnp.log(w)
-        near = jnp.abs(1 - power) < 1e-3
-        rate = jnp.where(near, 1, 1 - power)
-        # (w ** rate - 1) / rate, which is log(w) in the limit.
-        other = jnp.where(near, logs, jnp.expm1(rate * logs) / rate)
-        return 0.5 * w @ _matmul(matrix, w) - jnp.sum(other)
-
-    def newton(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gradient = _matmul(matrix, w) - w**-power
-        hessian = matrix + jnp.diag(power * w ** (-power - 1))
-        factor = jax.scipy.linalg.cho_factor(hessian)
-        direction = -jax.scipy.linalg.cho_solve(factor, gradient)
-        return direction, -gradient @ direction
-
     def go_on(state: Any) -> jax.Array:
-        _, step, decrement = state
-        return (decrement > 4 * eps) & (step < 200)
+        _, moves, count = state
+        return moves & (count < 200)
 
     def step(state: Any) -> Any:
-        w, count, _ = state
-        direction, decrement = newton(w)
-        candidates = w[None] + steps[:, None] * direction[None]
-        inside = jnp.all(candidates > 0, axis=1)
-        safe = jnp.where(inside[:, None], candidates, w[None])
-        values = jnp.where(inside, jax.vmap(value)(safe), jnp.inf)
-        enough = values <= value(w) - 0.1 * steps * decrement
-        # Near the minimum values are rounding, and whole steps are right.
-        enough = jnp.where(decrement < 1e-2, inside, enough)
+        w, _, count = state
+        image, barrier = _matmul(matrix, w), w**-power
+        factor = jax.scipy.linalg.cho_factor(
+            matrix + jnp.diag(power * barrier / w), lower=True
+        )
+        direction = jax.scipy.linalg.cho_solve(factor, barrier - image)
+        decrement = (barrier - image) @ direction
+        # Slopes of what is minimized, which are precise where its values are not.
+        points = w[None] + steps[:, None] * direction[None]
+        inside = jnp.all(points > 0, axis=1)
+        gains = jnp.where(inside[:, None], points, 1) ** -power @ direction
+        slopes = direction @ image - gains
+        slopes += steps * (direction @ _matmul(matrix, direction))
+        close = (1 + power) * jnp.max(jnp.abs(direction / w)) < 0.25
+        enough = inside & (close | (slopes <= 0.1 * decrement))
+        found = jnp.any(enough)
         chosen = jnp.argmax(enough)
-        moved = jnp.where(jnp.any(enough), candidates[chosen], w)
-        return moved, count + 1, jnp.where(jnp.any(enough), decrement, 0)
+        moved = jnp.where(found, points[chosen], w)
+        # From here whole steps square the error.
+        last = (chosen == 0) & (decrement <= 0.1 * eps * (w @ image))
+        return moved, found & ~last, count + 1
 
     start = used ** (-1 / (1 + power)) * size ** (-1 / (1 + power))
     w, *_ = jax.lax.while_loop(
-        go_on, step, (start, jnp.asarray(0), jnp.asarray(jnp.inf, dtype))
+        go_on, step, (start, jnp.asarray(True), jnp.asarray(0))
     )
     return jnp.where(diagonal > 0, w, 0)
 
