@@ -80,31 +80,35 @@ def cagrad(
         radius = jnp.asarray(c, norm.dtype) * norm
         inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
         safe = jnp.where(radius > 0, radius, 1)
+        # Where no direction helps all, what is best is at the edge of what can be had:
+        # rounding is not to push it over.
+        slack = 8 * jnp.finfo(norm.dtype).eps * (jnp.abs(slopes) + radius)
 
         def go_on(state: Any) -> jax.Array:
             *_, moves, count = state
             return moves & (count < 60)
 
         def step(state: Any) -> Any:
-            # The shortest way from the mean to a gain of t for everyone. While it is too
-            # long, its multipliers say what nobody can have more than: Newton's method
-            # for a convex function, from above, and Lagrange's dual.
+            # The shortest way from the mean to a gain of t for all. Where too long,
+            # its multipliers say what nobody can have more than: Newton's method for a
+            # convex function, from above, and Lagrange's dual.
             gain, x, *_, count = state
             heights = (gain * inverse - slopes) / safe
             heights = jnp.where(lengths > 0, heights, 0)
             x, rest = shortest_reaching(matrix, heights, x > 0)
             length = jnp.sqrt(jnp.maximum(x @ product(x), 0))
             total = jnp.sum(x * inverse)
-            bound = (x @ slopes + radius * length) / jnp.where(total > 0, total, 1)
-            moves = (length > rest) & (bound < gain) & (total > 0)
+            bound = x @ (slopes - slack) + radius * length
+            bound /= jnp.where(total > 0, total, 1)
+            moves = ((length > rest) | (rest < 0.25)) & (bound < gain)
             return jnp.where(moves, bound, gain), x, rest, length, moves, count + 1
 
         most = jnp.min(jnp.where(here, (slopes + radius) * lengths, jnp.inf))
         nothing, one = jnp.zeros_like(mean), jnp.ones_like(norm)
         start = (most, nothing, one, one, jnp.asarray(True), jnp.asarray(0))
         _, x, rest, length, *_ = jax.lax.while_loop(go_on, step, start)
-        # Inside of the ball to the last digit.
-        weights = mean + radius * x / jnp.maximum(rest, length)
+        # The length is at most the radius: rest >= 1/2, but for rounding.
+        weights = mean + radius * x / jnp.maximum(jnp.maximum(rest, length), 0.25)
         return jnp.where(lengths > 0, weights * inverse, shares)
 
     return of_gramian(rule, name="cagrad", axis_name=axis_name, hyperparams={"c": c})

@@ -66,8 +66,7 @@ def mgda(*, axis_name: AxisName | None = None) -> optax.GradientTransformationEx
         here = shares > 0
         matrix, lengths = cosines(gramian)
         zero = here & (lengths == 0)
-        # The shortest vector that has the product 1 with every gradient, at least, points
-        # the same way.
+        # The shortest vector with a product >= 1 with each points the same way.
         least = jnp.min(jnp.where(lengths > 0, lengths, jnp.inf))
         least = jnp.where(jnp.isfinite(least), least, 1)
         inverse = jnp.where(lengths > 0, least / jnp.where(lengths > 0, lengths, 1), 0)

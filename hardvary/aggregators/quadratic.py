@@ -110,9 +110,10 @@ def shortest_reaching(
 ) -> tuple[jax.Array, jax.Array]:
     """`x >= 0` and `rest` such that `sum_e x_e a_e / rest` is the shortest of its kind.
 
-    Of all y with `<y, a_e> >= h_e`, M the Gramian of the a_e, of length 1. Its length is
-    `sqrt(1 / rest - 1)`. By least squares, which have a solution where there is no such
-    y (Lawson and Hanson 1974, chapter 23): then rest is 0, and x combines the a_e to 0.
+    Of all y with `<y, a_e> >= h_e`; M is the Gramian of the a_e, of length 1. It is as
+    long as `sqrt(1 / rest - 1)`. By least squares, which have a solution where there is
+    no such y (Lawson and Hanson 1974, chapter 23): then rest is 0, and x combines the
+    a_e to 0.
 
     Args:
       matrix: `[n, n]`, M.
@@ -146,6 +147,7 @@ def cone_projections(matrix: jax.Array) -> jax.Array:
     lower = jnp.eye(size, dtype=dtype)
     # The largest eigenvalue is at most the largest sum of a row.
     stride = 1.9 / jnp.maximum(jnp.max(jnp.sum(jnp.abs(matrix), axis=1)), 1)
+    rounding = eps * jnp.sqrt(jnp.max(jnp.sum(matrix**2, axis=1)))
     times = lambda rows: _matmul(rows, matrix)  # noqa: E731
     dot = lambda a, b: jnp.sum(a * b, axis=1, keepdims=True)  # noqa: E731
 
@@ -160,11 +162,11 @@ def cone_projections(matrix: jax.Array) -> jax.Array:
         return dot(inner, inner) + dot(outer, outer)
 
     def far(x: jax.Array, gradient: jax.Array, factor: float) -> jax.Array:
-        return violation(x, gradient) > (factor * eps) ** 2 * dot(x, x)
+        return violation(x, gradient) > (factor * rounding) ** 2 * dot(x, x)
 
     def go_on(state: Any) -> jax.Array:
         x, gradient, _, step = state
-        return jnp.any(far(x, gradient, 16)) & (step < 60 + 2 * size)
+        return jnp.any(far(x, gradient, 4)) & (step < min(60 + 2 * size, 400))
 
     def step(state: Any) -> Any:
         x, gradient, direction, steps = state
@@ -208,7 +210,7 @@ def cone_projections(matrix: jax.Array) -> jax.Array:
             done, lambda: x, lambda: low + complementary(matrix, start, x > low)
         )
 
-    done = ~far(x, gradient, 256)[:, 0]
+    done = ~far(x, gradient, 8)[:, 0]
     return jax.lax.map(exact, (x, lower, matrix, done))
 
 
@@ -239,15 +241,15 @@ def balanced(gramian: jax.Array, power: Any) -> jax.Array:
     diagonal = jnp.diagonal(gramian)
     # Left out: anything that has a solution and meets no other.
     used = jnp.where(diagonal > 0, diagonal, 1)
-    matrix = gramian + jnp.diag(used * (1 + 2 * eps) - diagonal)
+    matrix = gramian + jnp.diag(used * (1 + 64 * eps) - diagonal)
     steps = 2.0 ** -jnp.arange(0, 24, dtype=dtype)
 
     def go_on(state: Any) -> jax.Array:
-        _, moves, count = state
+        *_, moves, count = state
         return moves & (count < 200)
 
     def step(state: Any) -> Any:
-        w, _, count = state
+        w, before, _, count = state
         image, barrier = _matmul(matrix, w), w**-power
         factor = jax.scipy.linalg.cho_factor(
             matrix + jnp.diag(power * barrier / w), lower=True
@@ -265,13 +267,16 @@ def balanced(gramian: jax.Array, power: Any) -> jax.Array:
         found = jnp.any(enough)
         chosen = jnp.argmax(enough)
         moved = jnp.where(found, points[chosen], w)
-        # From here whole steps square the error.
-        last = (chosen == 0) & (decrement <= 0.1 * eps * (w @ image))
-        return moved, found & ~last, count + 1
+        # From here a whole step squares the error, or nothing is left but rounding.
+        last = (decrement <= 0.1 * eps * (w @ barrier)) | (decrement > 0.25 * before)
+        last &= close & (chosen == 0)
+        before = jnp.where(close, decrement, jnp.inf)
+        return moved, before, found & ~last, count + 1
 
     start = used ** (-1 / (1 + power)) * size ** (-1 / (1 + power))
+    far = jnp.asarray(jnp.inf, dtype)
     w, *_ = jax.lax.while_loop(
-        go_on, step, (start, jnp.asarray(True), jnp.asarray(0))
+        go_on, step, (start, far, jnp.asarray(True), jnp.asarray(0))
     )
     return jnp.where(diagonal > 0, w, 0)
 
