@@ -13,6 +13,8 @@ from tests import zoo
 QUICK = {**zoo.QUICK, "xla_llvm_disable_expensive_passes": True}
 AS_USERS_DO = compiler.get_compile_options
 COMPILED_AS_USERS_DO = pytest.StashKey[bool]()
+# Needs another interpreter, with PyTorch.
+collect_ignore = ["golden/make_torchjd.py"]
 EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 
 # Before anything uses a device: the number is fixed by then.
