@@ -45,6 +45,20 @@ def check_scalars(name: str, value: PyTree) -> None:
         pass
 
 
+def check_number(name: str, value: Any) -> ArrayLike | None:
+    """Returns one number as it is, and None for a schedule, of which none is known.
+
+    For what belongs to all parameters together, where a tree would have no meaning.
+
+    Raises:
+      TypeError: neither a real scalar nor a schedule.
+    """
+    if _is_schedule(value):
+        return None
+    _validate.scalar(name, value, rule="or a schedule")
+    return value
+
+
 def _checked_numbers(
     name: str, value: PyTree, rule: str
 ) -> Iterator[tuple[str, ArrayLike]]:

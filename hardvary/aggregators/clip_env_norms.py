@@ -65,10 +65,9 @@ def clip_env_norms(
     Warning:
       Must come first in an `optax.chain`.
     """
-    _hyperparams.check_scalars("max_norm", max_norm)
-    for value in jax.tree.leaves(max_norm):
-        if not callable(value):
-            _validate.finite_at_least("max_norm", value, 0.0, strict=True)
+    number = _hyperparams.check_number("max_norm", max_norm)
+    if number is not None:
+        _validate.finite_at_least("max_norm", number, 0.0, strict=True)
 
     def weights_of(
         grads: Gradients, given: dict[str, Any], memory: None

@@ -96,7 +96,7 @@ def weighting(
     if not callable(rule):
         raise TypeError(f"rule must be callable, got {rule!r}")
     for key, value in hyperparams.items():
-        _hyperparams.check_scalars(key, value)
+        _hyperparams.check_number(key, value)
     name = getattr(rule, "__name__", "weighting") if name is None else name
     asks = "env_weights" in inspect.signature(rule).parameters
 

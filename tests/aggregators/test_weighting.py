@@ -306,6 +306,8 @@ def test_weighting_of_grad_stats_is_refused_by_name():
         (shrunk, {"power": None}, TypeError, "power must be a real scalar"),
         (shrunk, {"power": jnp.ones(2)}, TypeError, "power must be a real scalar"),
         (shrunk, {"power": 1j}, TypeError, "power must be a real scalar"),
+        # One Gramian for all parameters has no use for a tree.
+        (shrunk, {"power": {"w": 1.0}}, TypeError, "power must be a real scalar or a"),
     ],
 )
 def test_weighting_of_bad_arguments_is_refused(rule, hyperparams, error, message):
