@@ -58,6 +58,8 @@ def grad_vac(
       an environment of weight 0  as if it were not there, whatever it holds
       env_weights                 tell who is there; their size changes nothing
       a zero gradient             turns nothing and is not turned
+      gradients that long agreed  a goal near 1 is dear: what is turned to it becomes
+                                  up to 1 / sqrt(1 - goal^2) times as long
       ==========================  ==================================================
 
     Example:
@@ -79,7 +81,13 @@ def grad_vac(
     """
     _validate.prng_key("seed", seed)
     number = _validate.whole_number("num_envs", num_envs, 1)
-    _hyperparams.check_unit_interval("beta", beta)
+    known = _hyperparams.check_number("beta", beta)
+    share = None if known is None else _validate.concrete_value(known)
+    if share is not None and not 0.0 <= share <= 1.0:
+        raise ValueError(
+            "beta must lie in [0, 1]: it is the share of a new cosine in its moving "
+            f"average, got {share}"
+        )
 
     def rule(
         gramian: jax.Array,
@@ -108,15 +116,17 @@ def grad_vac(
             meets = here & here[other] & (other != rows)
             meets &= (squares[other] > 0) & (norms > 0)
             inner, goal = products[rows, other], goals[rows, other]
-            size = jnp.sqrt(jnp.where(meets, squares[other] * norms, 1))
-            cosine = jnp.clip(inner / size, -1, 1)
+            # Roots before products: a square of a square leaves the range of float32.
+            long, far = (
+                jnp.sqrt(jnp.where(meets, square, 1))
+                for square in (norms, squares[other])
+            )
+            cosine = jnp.clip(inner / long / far, -1, 1)
             # A goal of 1 is out of reach.
             sine = jnp.sqrt(jnp.maximum(1 - goal**2, jnp.finfo(goal.dtype).eps))
             turned = goal * jnp.sqrt(jnp.maximum(1 - cosine**2, 0)) - cosine * sine
-            ratio = jnp.sqrt(
-                jnp.where(meets, norms / jnp.where(meets, squares[other], 1), 0)
-            )
-            share = jnp.where(meets & (cosine < goal), ratio * turned / sine, 0)
+            turns = meets & (cosine < goal)
+            share = jnp.where(turns, long / far * turned / sine, 0)
             coefficients = coefficients.at[rows, other].add(share)
             products += share[:, None] * gramian[other]
             norms += share * (2 * inner + share * squares[other])

@@ -144,6 +144,11 @@ RULES = {
     "and_mask": functools.partial(hardvary.and_mask, 0.25, rescale=True),
     "sand_mask": functools.partial(hardvary.sand_mask, 0.2, sharpness=2.0),
     "weighting": functools.partial(hardvary.weighting, normalised),
+    "imtl_g": hardvary.imtl_g,
+    # Every device has to draw the same.
+    "pcgrad": functools.partial(hardvary.pcgrad, 0),
+    "grad_vac": functools.partial(hardvary.grad_vac, 0, num_envs=NUM_ENVS),
+    "clip_env_norms": functools.partial(hardvary.clip_env_norms, 0.5),
 }
 
 
