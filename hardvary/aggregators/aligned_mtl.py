@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from hardvary._typing import AxisName
-from hardvary.aggregators.quadratic import spectrum
+from hardvary.aggregators.spectral import singular_values
 from hardvary.aggregators.weighting import of_gramian
 
 
@@ -61,11 +61,11 @@ def aligned_mtl(
 
     def rule(gramian: jax.Array, shares: jax.Array, size: Any) -> jax.Array:
         del size
-        values, vectors = spectrum(gramian)
+        values, vectors = singular_values(gramian)
         least = jnp.min(jnp.where(values > 0, values, jnp.inf))
         ratio = jnp.where(values > 0, least / jnp.where(values > 0, values, 1), 0)
         highest = jax.lax.Precision.HIGHEST
         rotated = jnp.matmul(vectors.T, shares, precision=highest)
-        return jnp.matmul(vectors, jnp.sqrt(ratio) * rotated, precision=highest)
+        return jnp.matmul(vectors, ratio * rotated, precision=highest)
 
     return of_gramian(rule, name="aligned_mtl", axis_name=axis_name)

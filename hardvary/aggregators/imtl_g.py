@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from hardvary._typing import AxisName
-from hardvary.aggregators.quadratic import pseudo_inverse_times
+from hardvary.aggregators.spectral import singular_values
 from hardvary.aggregators.weighting import of_gramian
 
 
@@ -20,9 +20,11 @@ def imtl_g(
       u = \sum_e w_e g_e, \qquad
       \langle u, g_e \rangle / \|g_e\| \text{ equal for all } e, \qquad \sum_e w_e = 1
 
-    Impartial multi-task learning, its part for gradients. Weights may be negative.
-    Where the gradients span too little for equal projections, the pseudo-inverse's
-    compromise.
+    Impartial multi-task learning, its part for gradients. Weights may be negative, and
+    so may be the projections: three gradients without a conflict, a short one amid two
+    long ones, can have an update against them all. `config` has the same direction with
+    the sign that helps. Where the gradients span too little for equal projections, the
+    pseudo-inverse's compromise.
 
     Args:
       axis_name: see `and_mask`.
@@ -61,8 +63,13 @@ def imtl_g(
 
     def rule(gramian: jax.Array, shares: jax.Array, size: Any) -> jax.Array:
         del shares, size
+        values, vectors = singular_values(gramian)
+        inverse = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
+        highest = jax.lax.Precision.HIGHEST
         lengths = jnp.sqrt(jnp.diagonal(gramian))
-        weights = pseudo_inverse_times(gramian, lengths)
+        rotated = jnp.matmul(vectors.T, lengths, precision=highest)
+        # The pseudo-inverse of the Gramian times the lengths, without a square.
+        weights = jnp.matmul(vectors, inverse * (inverse * rotated), precision=highest)
         total = jnp.sum(weights)
         # What is left of a sum of 0 is rounding.
         bound = len(weights) * jnp.finfo(weights.dtype).eps * jnp.sum(jnp.abs(weights))
