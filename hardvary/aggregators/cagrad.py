@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from hardvary import _hyperparams, _validate
+from hardvary import _hyperparams, _validate, sharding
 from hardvary._typing import AxisName
 from hardvary.aggregators.quadratic import cosines, shortest_reaching
 from hardvary.aggregators.weighting import of_gramian
@@ -44,6 +44,8 @@ def cagrad(
       NaN or infinity             in a present environment: everything is NaN
       an environment of weight 0  as if it were not there, whatever it holds
       a mean of 0                 0
+      no direction helps all      of all updates that are best for the worst, the one
+                                  nearest to the mean: that of `dualproj`, if `c` allows
       ==========================  ==================================================
 
     Example:
@@ -106,6 +108,7 @@ def cagrad(
         most = jnp.min(jnp.where(here, (slopes + radius) * lengths, jnp.inf))
         nothing, one = jnp.zeros_like(mean), jnp.ones_like(norm)
         start = (most, nothing, one, one, jnp.asarray(True), jnp.asarray(0))
+        start = sharding.vary_like(start, (most, radius))
         _, x, rest, length, *_ = jax.lax.while_loop(go_on, step, start)
         # The length is at most the radius: rest >= 1/2, but for rounding.
         weights = mean + radius * x / jnp.maximum(jnp.maximum(rest, length), 0.25)

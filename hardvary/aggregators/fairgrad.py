@@ -45,6 +45,7 @@ def fairgrad(
       env_weights                 tell who is there; their size changes nothing
       a zero gradient             left out
       no direction helps all      large weights and an update that is rounding
+      alpha outside [0.1, 10]     not to the last digit where lengths differ by much
       ==========================  ==================================================
 
     Example:

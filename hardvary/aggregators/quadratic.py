@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hardvary import sharding
+
 # Rounds of exchanges in which no infeasibility went away, before the problem is made an
 # easier one: cycles end there.
 _PATIENCE = 3
@@ -34,9 +36,10 @@ def complementary(
     """`x >= 0` with `M x + q >= 0`, where one of the two is 0 in every component.
 
     It minimizes `x M x / 2 + q x` over `x >= 0`. By exchanging all components on the
-    wrong side at once (block principal pivoting, Portugal et al. 1994), one at a time
-    where that makes no progress. M may be singular: what is solved is M + d I, d a few
-    roundings, first around 0, then around what came out (the proximal point method).
+    wrong side at once (block principal pivoting, Portugal et al. 1994). M may be
+    singular: what is solved is M + d I, d a few roundings, around 0, then around what
+    came out, until nothing moves (the proximal point method). Where exchanges go round
+    in circles d grows, and shrinks again step by step.
 
     Args:
       matrix: `[n, n]`, M.
@@ -102,6 +105,7 @@ def complementary(
         rounds=jnp.asarray(0),
         moves=moves,
     )
+    start = sharding.vary_like(start, (matrix, vector, guess))
     return jnp.maximum(jax.lax.while_loop(go_on, step, start).x, 0)
 
 
@@ -201,6 +205,7 @@ def cone_projections(matrix: jax.Array) -> jax.Array:
 
     gradient = matrix
     start = (lower, gradient, parts(lower, gradient)[0], jnp.asarray(0))
+    start = sharding.vary_like(start, matrix)
     x, gradient, *_ = jax.lax.while_loop(go_on, step, start)
 
     def exact(row: Any) -> jax.Array:
@@ -275,9 +280,9 @@ def balanced(gramian: jax.Array, power: Any) -> jax.Array:
 
     start = used ** (-1 / (1 + power)) * size ** (-1 / (1 + power))
     far = jnp.asarray(jnp.inf, dtype)
-    w, *_ = jax.lax.while_loop(
-        go_on, step, (start, far, jnp.asarray(True), jnp.asarray(0))
-    )
+    state = (start, far, jnp.asarray(True), jnp.asarray(0))
+    state = sharding.vary_like(state, (matrix, power))
+    w, *_ = jax.lax.while_loop(go_on, step, state)
     return jnp.where(diagonal > 0, w, 0)
 
 

@@ -120,6 +120,91 @@ def test_cagrad_does_most_for_the_worst_in_its_ball(c):
         assert (others @ matrix.T).min(1).max() <= worst + 1e-4
 
 
+def deficient(kind, seed):
+    """More gradients than dimensions: in most, no direction helps all."""
+    matrix = np.array(draw(16, 8, seed=seed), np.float64)
+    if kind == "a pair opposed":
+        matrix[-1] = -matrix[0]
+    if kind == "rank 2":
+        matrix = matrix[:, :2] @ matrix[:2]
+    if kind == "sum of 0":
+        matrix[8:] = -matrix[:8]
+    return matrix
+
+
+DEFICIENT = ["half as many dimensions", "a pair opposed", "rank 2"]
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+@pytest.mark.parametrize("kind", DEFICIENT)
+def test_cagrad_of_dependent_gradients_stays_in_its_ball_and_is_best(kind, seed):
+    matrix = deficient(kind, seed)
+    mean, scale = matrix.mean(0), np.square(matrix).max()
+    radius = 0.5 * np.linalg.norm(mean)
+
+    def bound(shares):
+        # Lagrange's dual: nobody can promise everyone more than any of these.
+        combined = shares / shares.sum() @ matrix
+        return combined @ mean + radius * np.linalg.norm(combined)
+
+    starts = np.random.default_rng(0).dirichlet(np.ones(16), size=3)
+    least = min(
+        optimize.minimize(
+            bound,
+            start,
+            method="SLSQP",
+            bounds=[(0, 1)] * 16,
+            constraints={"type": "eq", "fun": lambda shares: shares.sum() - 1},
+            options={"maxiter": 500, "ftol": 1e-15},
+        ).fun
+        for start in starts
+    )
+    with jax.enable_x64(True):
+        update = np.asarray(jitted("cagrad")(jnp.asarray(matrix)))
+    assert np.linalg.norm(update - mean) <= radius * (1 + 1e-9)
+    assert (matrix @ update).min() >= least - 1e-8 * scale
+
+
+def test_cagrad_where_no_direction_helps_all_is_nearest_to_the_mean():
+    # Two opposed, and a third across: the best for the worst is to leave the two alone.
+    grads = jnp.asarray([[1.0, 0.0], [-1.2, 0.0], [0.0, 2.0]])
+    for name in ("cagrad", "dualproj"):
+        np.testing.assert_allclose(jitted(name)(grads), [0, 2 / 3], atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+@pytest.mark.parametrize("kind", [*DEFICIENT, "sum of 0"])
+def test_rules_of_dependent_gradients_equal_least_squares(kind, seed):
+    matrix = deficient(kind, seed)
+    unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    with jax.enable_x64(True):
+        shortest, of_all, of_mean = (
+            np.asarray(jitted(name)(jnp.asarray(matrix)))
+            for name in ("mgda", "upgrad", "dualproj")
+        )
+    gap = shortest @ shortest - (matrix @ shortest).min()
+    assert gap <= 1e-12
+    projections = [
+        row + unit.T @ optimize.nnls(unit.T, -row)[0]
+        for row in (*matrix, matrix.mean(0))
+    ]
+    np.testing.assert_allclose(of_all, np.mean(projections[:-1], axis=0), atol=1e-9)
+    np.testing.assert_allclose(of_mean, projections[-1], atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_fairgrad_of_lengths_far_apart_is_precise_in_every_direction(alpha):
+    lengths = 10.0 ** np.arange(-4, 4)
+    rotation = np.linalg.qr(np.asarray(draw(8, 8), np.float64))[0]
+    with jax.enable_x64(True):
+        matrix = jnp.asarray(lengths[:, None] * rotation)
+        tx = hardvary.fairgrad(alpha)
+        update = np.asarray(tx.update(matrix, tx.init(None))[0])
+    # Of orthogonal gradients: w |g|**2 = w ** (-1 / alpha).
+    weights = lengths ** (-2 / (1 + 1 / alpha))
+    np.testing.assert_allclose(rotation @ update, weights * lengths, rtol=1e-9)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
 def test_fairgrad_and_nash_mtl_solve_their_equations(alpha):
     grads = draw(5, 20)
@@ -326,6 +411,24 @@ def test_clip_env_norms_is_the_mean_of_shortened_gradients():
         assert_trees_close(update, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["upgrad", "dualproj", "mgda", "cagrad", "nash_mtl", "fairgrad"]
+)
+def test_rules_in_shard_map_work_for_models_that_differ_between_devices(name):
+    grads = draw(2, 4, 6)
+    axis_type = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(axis_type,))
+    spec = jax.sharding.PartitionSpec("model")
+    tx = RULES[name]()
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    def run(grads):
+        return tx.update(grads[0], tx.init(None))[0][None]
+
+    expected = [jitted(name)(own) for own in grads]
+    np.testing.assert_allclose(jax.jit(run)(grads), expected, rtol=1e-4, atol=1e-5)
+
+
 @every_rule
 def test_rules_on_env_grads_equal_those_on_stacked_gradients(name):
     params = {"w": draw(4, 3), "b": draw(3)}
@@ -395,6 +498,23 @@ def test_hyperparameters_may_be_schedules_or_traced():
     traced = jax.jit(update)(0.5)
     np.testing.assert_allclose(traced, jitted("cagrad")(grads), rtol=1e-4)
     np.testing.assert_allclose(update(lambda count: 0.5), traced, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_complementary_ends_where_exchanges_go_round_in_circles(dtype):
+    # More vectors than dimensions: exchanges alone never end in most of these.
+    with jax.enable_x64(dtype == "float64"):
+        solve = jax.jit(quadratic.complementary)
+        eps = np.finfo(dtype).eps
+        for seed in range(6):
+            rows = np.asarray(draw(40, 20, seed=seed), np.float64)
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            matrix = (rows @ rows.T).astype(dtype)
+            found = np.asarray(solve(jnp.asarray(matrix), jnp.asarray(matrix[0])))
+            slack = matrix @ found + matrix[0]
+            allowed = 100 * eps * max(1, found.max())
+            assert slack.min() >= -allowed
+            assert np.abs(slack * found).max() <= allowed * max(1, found.max())
 
 
 def test_solvers_take_a_thousand_environments():
