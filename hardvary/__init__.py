@@ -6,6 +6,7 @@ AND-masks as optax transformations, and the gradient oracles that feed them, aft
 
 from hardvary import consistency, objectives
 from hardvary._env_grads.agreement import agreement, kept_fractions, mask
+from hardvary._env_grads.disagreement import Disagreement, disagreement
 from hardvary._env_grads.env_grad import EnvGrad, env_grads, value_and_env_grads
 from hardvary._env_grads.explain import explain
 from hardvary._env_grads.grad_stats import (
@@ -24,6 +25,7 @@ from hardvary.aggregators.cagrad import cagrad
 from hardvary.aggregators.clip_env_norms import clip_env_norms
 from hardvary.aggregators.config import config
 from hardvary.aggregators.disjoint_mean import disjoint_mean
+from hardvary.aggregators.drop_disagreement import drop_disagreement
 from hardvary.aggregators.dualproj import dualproj
 from hardvary.aggregators.fairgrad import fairgrad
 from hardvary.aggregators.geometric_mean import geometric_mean
@@ -34,10 +36,13 @@ from hardvary.aggregators.majority_sign import majority_sign
 from hardvary.aggregators.mgda import mgda
 from hardvary.aggregators.nash_mtl import nash_mtl
 from hardvary.aggregators.pcgrad import pcgrad
+from hardvary.aggregators.relative_gauss_newton import relative_gauss_newton
 from hardvary.aggregators.sand_mask import sand_mask
 from hardvary.aggregators.soft_and_mask import soft_and_mask
+from hardvary.aggregators.spectral_and_mask import spectral_and_mask
 from hardvary.aggregators.upgrad import upgrad
 from hardvary.aggregators.weighting import weighting
+from hardvary.aggregators.whiten_inputs import WhitenInputsState, whiten_inputs
 from hardvary.aggregators.xor_mask import xor_mask
 from hardvary.decay import add_l1_decay
 from hardvary.fused.explain import Explanation, ParameterRule
@@ -53,12 +58,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AggregatorState",
+    "Disagreement",
     "EnvGrad",
     "Explanation",
     "GradStats",
     "ParameterRule",
     "ScaleByTemporalAndMaskAdamState",
     "TemporalAndMaskState",
+    "WhitenInputsState",
     "add_l1_decay",
     "aggregator",
     "agr_rand",
@@ -70,7 +77,9 @@ __all__ = [
     "combine",
     "config",
     "consistency",
+    "disagreement",
     "disjoint_mean",
+    "drop_disagreement",
     "dualproj",
     "env_grads",
     "explain",
@@ -90,9 +99,11 @@ __all__ = [
     "objectives",
     "pcgrad",
     "per_env_grad",
+    "relative_gauss_newton",
     "sand_mask",
     "scale_by_temporal_and_mask_adam",
     "soft_and_mask",
+    "spectral_and_mask",
     "temporal_and_mask",
     "temporal_and_mask_adam",
     "upgrad",
@@ -101,5 +112,6 @@ __all__ = [
     "value_and_grad_stats",
     "value_and_per_env_grad",
     "weighting",
+    "whiten_inputs",
     "xor_mask",
 ]

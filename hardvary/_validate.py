@@ -292,14 +292,31 @@ def combination(weights: Any, num_envs: int) -> jax.Array:
       TypeError: weights that are not real.
       ValueError: not of shape `[env]`.
     """
-    if np.shape(weights) != (num_envs,):
+    return of_envs("weights", weights, num_envs)
+
+
+def of_envs(what: str, values: Any, num_envs: int, name: str = "") -> jax.Array:
+    """Checks numbers of environments and returns them in at least float32.
+
+    Args:
+      what: the argument, for messages.
+      values: `[env]`.
+      num_envs: their number.
+      name: of the function, for messages.
+
+    Raises:
+      TypeError: values that are not real.
+      ValueError: not of shape `[env]`.
+    """
+    where = f"{name}: {what}" if name else what
+    if np.shape(values) != (num_envs,):
         raise ValueError(
-            f"weights must have shape ({num_envs},), one for each environment, got "
-            f"shape {np.shape(weights)}"
+            f"{where} must have shape ({num_envs},), one for each environment, got "
+            f"shape {np.shape(values)}"
         )
-    array = jnp.asarray(weights)
+    array = jnp.asarray(values)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"weights must be real, got dtype {array.dtype}")
+        raise TypeError(f"{where} must be real, got dtype {array.dtype}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(jnp.result_type(float))
     return array.astype(wide(array.dtype))

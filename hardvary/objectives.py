@@ -1,8 +1,9 @@
 """Penalties and a gradient reversal that plain training uses against shortcuts.
 
 What the AND-mask is compared with: each changes the loss where a mask changes the
-gradient, so they work with any optimizer. `vrex_penalty` is of all environments
-together; the others go into the `loss_fn` of one.
+gradient, so they work with any optimizer. `vrex_penalty`, `iga_penalty` and
+`fishr_penalty` are of all environments together; the others go into the `loss_fn` of
+one.
 """
 
 from typing import Any
@@ -11,9 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import _validate
+from hardvary._env_grads import grad_stats
 from hardvary._typing import PyTree
 
-__all__ = ["irm_penalty", "reverse_gradient", "vrex_penalty"]
+__all__ = [
+    "fishr_penalty",
+    "iga_penalty",
+    "irm_penalty",
+    "reverse_gradient",
+    "vrex_penalty",
+]
 
 
 def irm_penalty(logits: Any, labels: Any) -> jax.Array:
@@ -135,6 +143,109 @@ def vrex_penalty(losses: Any) -> jax.Array:
         )
     wide = losses.astype(_validate.wide(losses.dtype))
     return jnp.var(wide).astype(losses.dtype)
+
+
+def iga_penalty(stats: PyTree) -> jax.Array:
+    r"""Variance of the gradient over environments (IGA).
+
+    .. math:: \tfrac1d \sum_e \|g_e - \bar g\|^2 = \sum_j \tfrac1d \sum_e g_{e,j}^2
+      - \bar g_j^2
+
+    Exact from two statistics; no gradient is stacked for its value. A gradient of it is
+    a second derivative of the loss, through the oracle.
+
+    Args:
+      stats: tree of `GradStats` that hold `"mean"` and `"square"` over the
+        environments.
+
+    Returns:
+      A scalar, at least float32; rounding may leave it slightly below 0 where all
+      environments have the same gradient.
+
+    Raises:
+      TypeError: a leaf that is no `GradStats`.
+      ValueError: a statistic that it does not hold; no leaves.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hardvary
+      >>> loss = lambda w, x: 0.5 * (w * x - 1.0) ** 2
+      >>> stats = hardvary.grad_stats(loss, stats=("mean", "square"))
+      >>> x = jnp.array([1.0, 2.0])  # [env]
+      >>> penalty = lambda w: hardvary.objectives.iga_penalty(stats(w, x))
+      >>> float(penalty(0.0)), float(jax.grad(penalty)(0.0))
+      (0.25, -1.5)
+
+    References:
+      Koyama and Yamaguchi, `When is invariance useful in an Out-of-Distribution
+      Generalization problem? <https://arxiv.org/abs/2008.01883>`_, 2020.
+    """
+    return sum(map(jnp.sum, _variances("iga_penalty", stats)), jnp.zeros(()))
+
+
+def fishr_penalty(stats: PyTree) -> jax.Array:
+    r"""How far environments differ in the variance of examples' gradients (Fishr).
+
+    .. math:: \tfrac1d \sum_e \|v_e - \bar v\|^2, \qquad
+      v_e = \operatorname{Var}_{i \in e} \, \nabla \ell_i
+
+    component by component. The method takes the gradients of the last layer alone, and
+    averages the variances over time; both are up to the caller.
+
+    Args:
+      stats: tree of `GradStats` that hold `"mean"` and `"square"` over the examples of
+        each environment, arrays `[env, *param.shape]`: `grad_stats` of the loss of one
+        example, under `jax.vmap` over environments.
+
+    Returns:
+      A scalar >= 0, at least float32.
+
+    Raises:
+      TypeError: a leaf that is no `GradStats`.
+      ValueError: a statistic that it does not hold; no leaves.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hardvary
+      >>> loss = lambda w, x: 0.5 * (w * x - 1.0) ** 2
+      >>> of_env = hardvary.grad_stats(loss, stats=("mean", "square"))
+      >>> x = jnp.array([[1.0, 2.0], [1.0, 1.0]])  # [env, example]
+      >>> stats = jax.vmap(of_env, (None, 0))(0.0, x)
+      >>> float(hardvary.objectives.fishr_penalty(stats))
+      0.015625
+
+    References:
+      Rame, Dancette and Cord, `Fishr: Invariant Gradient Variances for
+      Out-of-Distribution Generalization <https://arxiv.org/abs/2109.02934>`_, ICML
+      2022.
+    """
+
+    def spread(variances: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.var(variances, axis=0))
+
+    return sum(map(spread, _variances("fishr_penalty", stats)), jnp.zeros(()))
+
+
+def _variances(name: str, stats: PyTree) -> list[jax.Array]:
+    """Variances of gradients, a parameter each, in at least float32."""
+    leaves = jax.tree.leaves(
+        stats, is_leaf=lambda node: isinstance(node, grad_stats.GradStats)
+    )
+    if not leaves:
+        raise ValueError(f"{name}: a tree without leaves has no gradients")
+    result = []
+    for leaf in leaves:
+        if not isinstance(leaf, grad_stats.GradStats):
+            raise TypeError(
+                f"{name} takes a tree of GradStats, as grad_stats returns it, got "
+                f"{_validate.a_or_an(type(leaf).__name__)}"
+            )
+        if leaf.mean is None or leaf.square_mean is None:
+            raise ValueError(
+                f"{name} needs the mean and the square of gradients; ask for them with "
+                'grad_stats(loss_fn, stats=("mean", "square"))'
+            )
+        mean = leaf.mean.astype(_validate.wide(leaf.mean.dtype))
+        result.append(leaf.square_mean - mean**2)
+    return result
 
 
 def reverse_gradient(x: PyTree, scale: Any = 1.0) -> PyTree:

@@ -64,9 +64,31 @@ def train(params, batch, axis_name):
     return {"params": params, **log}
 
 
+def train_by_products(params, batch, axis_name):
+    """As `train`, with inner products of the environments of all devices."""
+    oracle = hardvary.value_and_env_grads(loss_fn, axis_name=axis_name)
+    tx = optax.chain(hardvary.cagrad(), optax.sgd(0.1))
+
+    def step(carry, _):
+        params, state = carry
+        _, grads = oracle(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), hardvary.gramian(grads)
+
+    (params, _), gramians = jax.lax.scan(step, (params, tx.init(params)), length=STEPS)
+    return {"trained": params, "gramians": gramians}
+
+
+def run_both(params, batch, axis_name):
+    return {
+        **train(params, batch, axis_name),
+        **train_by_products(params, batch, axis_name),
+    }
+
+
 def main(coordinator, num_processes, process_id):
     if num_processes == 1:
-        run = jax.jit(lambda params, batch: train(params, batch, None))
+        run = jax.jit(lambda params, batch: run_both(params, batch, None))
         result = run(init_params(), make_batch())
     else:
         jax.config.update("jax_num_cpu_devices", DEVICES_PER_PROCESS)
@@ -103,10 +125,12 @@ def main(coordinator, num_processes, process_id):
             "losses": P(None, "env"),
             "sign_sum": P(),
             "kept": P(),
+            "trained": P(),
+            "gramians": P(),
         }
         run = jax.jit(
             jax.shard_map(
-                lambda params, batch: train(params, batch, "env"),
+                lambda params, batch: run_both(params, batch, "env"),
                 mesh=mesh,
                 in_specs=(P(), P("env")),
                 out_specs=out_specs,

@@ -67,6 +67,14 @@ def temporal_and_mask_sgd(threshold, decay):
     return hardvary.temporal_and_mask(optax.sgd(0.5), threshold=threshold, decay=decay)
 
 
+def spectral_and_mask(threshold):
+    return hardvary.spectral_and_mask(threshold, log_losses=False)
+
+
+def drop_disagreement(energy):
+    return hardvary.drop_disagreement(energy, log_losses=False)
+
+
 CASES = {
     "and_mask": case(hardvary.and_mask, True, "threshold", (0.0, 1.0), rescale=True),
     "xor_mask": case(hardvary.xor_mask, True, "threshold", (0.5, 1.0)),
@@ -82,6 +90,8 @@ CASES = {
     "cagrad": case(hardvary.cagrad, True, "c", (0.0, 0.75)),
     "pcgrad": case(hardvary.pcgrad, True, seed=0),
     "clip_env_norms": case(hardvary.clip_env_norms, True, "max_norm", (0.5, 1.0)),
+    "spectral_and_mask": case(spectral_and_mask, True, "threshold", (0.0, 1.0)),
+    "drop_disagreement": case(drop_disagreement, True, "energy", (0.0, 1.0)),
     "temporal_and_mask": case(
         temporal_and_mask_sgd, False, "threshold", (0.5, 1.0), decay=0.5
     ),

@@ -78,7 +78,7 @@ def run_workers(num_processes, folder, deadline):
     return [json.loads(out.splitlines()[-1]) for out, _ in texts]
 
 
-def test_grad_stats_over_two_processes_train_as_one_process(tmp_path):
+def test_environments_over_two_processes_train_as_one_process(tmp_path):
     deadline = time.monotonic() + TIMEOUT
     (alone,) = run_workers(1, tmp_path, deadline)
     try:
@@ -101,9 +101,15 @@ def test_grad_stats_over_two_processes_train_as_one_process(tmp_path):
             np.testing.assert_allclose(
                 result["params"][name], alone["params"][name], rtol=1e-5, atol=1e-6
             )
+            np.testing.assert_allclose(
+                result["trained"][name], alone["trained"][name], rtol=1e-4, atol=1e-5
+            )
         np.testing.assert_array_equal(result["kept"], alone["kept"])
+        np.testing.assert_allclose(
+            result["gramians"], alone["gramians"], rtol=1e-4, atol=1e-5
+        )
     # Processes that disagreed in the last bit would drift apart over a training.
-    for name in ("params", "sign_sum", "kept"):
+    for name in ("params", "sign_sum", "kept", "trained", "gramians"):
         assert results[0][name] == results[1][name]
     # The mask has something to decide, and training gets somewhere.
     assert 0 < alone["kept"][0] < 1

@@ -402,3 +402,66 @@ def test_irm_penalty_more_classes_than_the_labels_dtype_counts_is_exact(dtype, c
     narrow = irm_penalty(jnp.asarray(logits), jnp.asarray(labels, dtype))
     assert jnp.isfinite(narrow)
     assert narrow == wide
+
+
+# Penalties on gradients.
+
+
+def stats_of(method, per_example):
+    """Statistics over environments, or over the examples of each environment."""
+
+    def loss(params, example):
+        x, y = example
+        hidden = jnp.tanh(x @ params["w"] + params["b"])
+        return jnp.square(hidden @ params["out"] - y)
+
+    def mean_loss(params, batch):
+        return jnp.mean(jax.vmap(loss, (None, 0))(params, batch))
+
+    oracle = hardvary.grad_stats(
+        loss if per_example else mean_loss, stats=("mean", "square"), method=method
+    )
+    stacked = jax.vmap(jax.grad(mean_loss), (None, 0))
+    if per_example:
+        oracle = jax.vmap(oracle, (None, 0))
+        stacked = jax.vmap(jax.vmap(jax.grad(loss), (None, 0)), (None, 0))
+    return oracle, stacked
+
+
+@pytest.mark.parametrize("method", ["fused", "vmap"])
+@pytest.mark.parametrize("name", ["iga_penalty", "fishr_penalty"])
+def test_penalties_on_gradients_and_their_slopes_equal_the_definition(name, method):
+    oracle, stacked = stats_of(method, per_example=name == "fishr_penalty")
+    rng = np.random.default_rng(0)
+    shapes = {"w": (3, 4), "b": (4,), "out": (4,)}
+    params = {k: jnp.asarray(rng.normal(size=s), "float32") for k, s in shapes.items()}
+    batch = (
+        jnp.asarray(rng.normal(size=(5, 6, 3)), "float32"),
+        jnp.asarray(rng.normal(size=(5, 6)), "float32"),
+    )
+
+    def by_definition(params):
+        total = 0.0
+        for grad in jax.tree.leaves(stacked(params, batch)):
+            values = jnp.var(grad, axis=1) if name == "fishr_penalty" else grad
+            total += jnp.sum(jnp.var(values, axis=0))
+        return total
+
+    def penalty(params):
+        return getattr(hardvary.objectives, name)(oracle(params, batch))
+
+    value, slope = jax.jit(jax.value_and_grad(penalty))(params)
+    expected, expected_slope = jax.jit(jax.value_and_grad(by_definition))(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    assert_trees_close(slope, expected_slope, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["iga_penalty", "fishr_penalty"])
+def test_penalties_on_gradients_say_what_they_need(name):
+    penalty = getattr(hardvary.objectives, name)
+    with pytest.raises(TypeError, match=f"{name} takes a tree of GradStats"):
+        penalty({"w": jnp.ones((3, 2))})
+    with pytest.raises(ValueError, match=f"{name} needs the mean and the square"):
+        penalty({"w": hardvary.GradStats(mean=jnp.ones(2), num_envs=jnp.ones(()))})
+    with pytest.raises(ValueError, match="without leaves"):
+        penalty({})

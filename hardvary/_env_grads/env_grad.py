@@ -17,6 +17,7 @@ import numpy as np
 from hardvary import _validate, sharding
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.grad_stats import GradStats, StatName
+from hardvary._env_grads.microbatches import Microbatches
 from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
 from hardvary._env_grads.source import Source
@@ -115,6 +116,28 @@ class Answers:
 
         return self._once("square_norms", compute)
 
+    @property
+    def num_inputs(self) -> int | None:
+        return self._source.num_inputs
+
+    def input_moment(self) -> jax.Array:
+        def compute() -> jax.Array:
+            moment = self._source.input_moment(self._weights)
+            total = self._local_total
+            if self.axis_name is not None:
+                moment, total = jax.lax.psum((moment, total), self.axis_name)
+            return moment / st.as_total(total).astype(moment.dtype)
+
+        return self._once("input_moment", compute)
+
+    def whitened(self, root: jax.Array) -> "Answers":
+        """Of the same gradients times `root: [input, input]`."""
+        source = self._source.whitened(root)
+        return Answers(source, self._weights, self._local_total, self.axis_name)
+
+    def times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
+        return self._source.times(root, parameter)
+
     def env_weights(self) -> jax.Array | None:
         """Weights of the environments of all devices, None if they are 1."""
         if self._weights is None:
@@ -157,6 +180,8 @@ class EnvGrad(NoArray):
       shape: of the parameter.
       dtype: of the parameter.
       num_envs: number of environments, on all devices; absent ones included.
+      num_inputs: inputs of a dense layer or values in a convolution's patch, where the
+        parameter is the weights of one that is used once; None elsewhere.
 
     Example:
       >>> import jax.numpy as jnp, hardvary
@@ -258,6 +283,36 @@ class EnvGrad(NoArray):
         values = _validate.combination(weights, self.num_envs)
         return self._answers.combine(weights, values)[self._index]
 
+    @property
+    def num_inputs(self) -> int | None:
+        return self._answers.num_inputs
+
+    def input_moment(self) -> jax.Array:
+        """`[input, input]`, second moment of the inputs that the weights meet.
+
+        The mean of :math:`x x^T` over examples (and places, of a convolution: x is a
+        patch, [*window, feature]) and over environments, absent ones left out and the
+        others weighted; at least float32.
+
+        Raises:
+          ValueError: `num_inputs` is None.
+        """
+        if self.num_inputs is None:
+            raise ValueError(
+                "this parameter meets no inputs of a single dense layer or "
+                "convolution: see num_inputs, and what explain says of it"
+            )
+        return self._answers.input_moment()
+
+    def _whitened(self, root: jax.Array) -> "EnvGrad":
+        """The gradients times a symmetric `root: [input, input]`."""
+        like = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        return EnvGrad(self._answers.whitened(root), self._index, like)
+
+    def _times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
+        """`root: [input, input]` times what is shaped like the parameter."""
+        return self._answers.times(root, parameter)
+
     def stack(self) -> jax.Array:
         """`[env, *param.shape]`, the gradients themselves, in the parameter's dtype."""
         return self._answers.stack()[self._index]
@@ -285,6 +340,7 @@ def env_grads(
     in_axes: InAxes = 0,
     axis_name: AxisName | None = None,
     env_axis_name: str | None = None,
+    microbatch_size: int | None = None,
 ) -> Callable[..., Any]:
     """Gradients of all environments, not multiplied out.
 
@@ -295,6 +351,7 @@ def env_grads(
       in_axes: see `value_and_env_grads`.
       axis_name: see `value_and_env_grads`.
       env_axis_name: see `value_and_env_grads`.
+      microbatch_size: see `value_and_env_grads`.
 
     Returns:
       A function like that of `value_and_env_grads` which returns the gradients, or
@@ -312,7 +369,7 @@ def env_grads(
       [1.0, 0.0]
     """
     with_value = value_and_env_grads(
-        loss_fn, argnums, has_aux, in_axes, axis_name, env_axis_name
+        loss_fn, argnums, has_aux, in_axes, axis_name, env_axis_name, microbatch_size
     )
 
     def grad_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
@@ -329,6 +386,7 @@ def value_and_env_grads(
     in_axes: InAxes = 0,
     axis_name: AxisName | None = None,
     env_axis_name: str | None = None,
+    microbatch_size: int | None = None,
 ) -> Callable[..., Any]:
     """Losses of all environments, and their gradients, not multiplied out.
 
@@ -345,6 +403,12 @@ def value_and_env_grads(
       axis_name: see `grad_stats`; sums, Gramians and stacks are over the environments
         of all devices.
       env_axis_name: see `grad_stats`.
+      microbatch_size: environments in a pass, a divisor of their number; all of them
+        unless given. Fewer bound the memory of their activations, and every question
+        then takes passes of its own: losses a forward pass, statistics and weighted
+        sums one pass over everything, inner products one for every microbatch, with
+        the stacked gradients of two microbatches in memory. For masks
+        `value_and_grad_stats` takes a single pass.
 
     Returns:
       A function `(*args, env_weights=None, **kwargs)` that returns
@@ -355,9 +419,10 @@ def value_and_env_grads(
 
     Raises:
       TypeError: as `per_env_grad`.
-      ValueError: as `per_env_grad`; (tracing) env_weights of the wrong length or
-        (concrete) negative, side effects in `loss_fn`, environments or parameters that
-        an explicit mesh has spread.
+      ValueError: as `per_env_grad`; a microbatch_size < 1 or beside an env_axis_name;
+        (tracing) one that does not divide the number of environments, env_weights of
+        the wrong length or (concrete) negative, side effects in `loss_fn`, environments
+        or parameters that an explicit mesh has spread.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, hardvary
@@ -376,6 +441,14 @@ def value_and_env_grads(
       ([0.15, 0.0], 1.0)
     """
     argnums = check_arguments(loss_fn, argnums)
+    size = microbatch_size
+    if size is not None:
+        size = _validate.whole_number("microbatch_size", size, 1)
+        if env_axis_name is not None:
+            raise ValueError(
+                "env_axis_name names the axis of all environments, which do not meet "
+                f"in microbatches: leave microbatch_size out, got {env_axis_name!r}"
+            )
 
     def value_and_grads_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
         problem = Problem(loss_fn, argnums, has_aux, in_axes, args, kwargs, axis_name)
@@ -390,6 +463,17 @@ def value_and_env_grads(
         weights = checked_weights(
             env_weights, problem.num_envs, axis_name, "value_and_env_grads"
         )
+        if size is not None and problem.num_envs % size:
+            raise ValueError(
+                f"microbatch_size must divide the number of environments, got {size} "
+                f"for {problem.num_envs}"
+            )
+        if size is not None and size < problem.num_envs:
+            source = Microbatches(problem, size, axis_name)
+            everything = range(len(jax.tree.leaves(problem.params)))
+            grads = answered([(everything, source)], problem.params, weights, axis_name)
+            losses, aux = source.value()
+            return ((losses, aux) if has_aux else losses), grads
         traced = Traced(
             problem.loss,
             problem.params,

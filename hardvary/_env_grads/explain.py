@@ -50,9 +50,9 @@ def explain(
       >>> loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"] + p["b"]))
       >>> params = {"w": jnp.ones((300, 20)), "b": jnp.ones(20)}
       >>> print(hardvary.explain(loss, params, jnp.ones((80, 300))))
-      parameter  shape   rule     reason                             gramian     stacked
-      ['b']      20      stack    in add                             stacked  0.0061 MiB
-      ['w']      300x20  product  one outer product per environment  rows        1.8 MiB
+      parameter  shape   rule     reason                  gramian  inputs     stacked
+      ['b']      20      stack    in add                  stacked  none    0.0061 MiB
+      ['w']      300x20  product  one outer product each  rows     300        1.8 MiB
     """
     argnums = check_arguments(loss_fn, argnums)
     leaves, treedef = jax.tree.flatten((args, kwargs))

@@ -160,6 +160,24 @@ class Gradients:
             weights = None
         return jnp.ones(self.num_envs) if weights is None else weights
 
+    def of_envs(self, what: str, values: Any) -> jax.Array:
+        """`[env]`, a number of every environment of all devices, in at least float32.
+
+        Args:
+          what: the argument, for messages.
+          values: `[env]`, of the environments of this device.
+
+        Raises:
+          TypeError: values that are not real.
+          ValueError: values of another shape.
+        """
+        first = self.leaves[0]
+        inside = isinstance(first, EnvGrad)
+        axis_name = first._answers.axis_name if inside else self.axis_name
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        array = _validate.of_envs(what, values, self.num_envs // devices, self.name)
+        return sharding.all_rows(array, axis_name)
+
 
 def read(
     grads: PyTree,

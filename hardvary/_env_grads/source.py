@@ -52,6 +52,26 @@ class Source(abc.ABC):
         """`[env]`, the diagonal of `gramian`, of the environments of this device."""
         return [square_norms(grad) for grad in self.stack()]
 
+    @property
+    def num_inputs(self) -> int | None:
+        """Inputs of the layer that the only parameter is the weights of, if it is."""
+        return None
+
+    def input_moment(self, weights: EnvWeights | None) -> jax.Array:
+        """`[input, input]`, second moment of these inputs, summed over environments.
+
+        The mean over the rows of an environment, times its weight, at least float32.
+        """
+        raise NotImplementedError
+
+    def whitened(self, root: jax.Array) -> "Source":
+        """`root: [input, input]`, symmetric, times these gradients."""
+        raise NotImplementedError
+
+    def times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
+        """`root: [input, input]` times what is shaped like the only parameter."""
+        raise NotImplementedError
+
 
 def square_norms(grad: jax.Array) -> jax.Array:
     """`[env]` of a stacked gradient, in at least float32."""

@@ -64,10 +64,9 @@ def cagrad(
     Warning:
       Must come first in an `optax.chain`.
     """
-    _hyperparams.check_scalars("c", c)
-    for value in jax.tree.leaves(c):
-        if not callable(value):
-            _validate.finite_at_least("c", value, 0.0)
+    number = _hyperparams.check_number("c", c)
+    if number is not None:
+        _validate.finite_at_least("c", number, 0.0)
 
     def rule(gramian: jax.Array, shares: jax.Array, size: Any, c: Any) -> jax.Array:
         del size

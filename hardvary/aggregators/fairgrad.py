@@ -64,10 +64,9 @@ def fairgrad(
     Warning:
       Must come first in an `optax.chain`.
     """
-    _hyperparams.check_scalars("alpha", alpha)
-    for value in jax.tree.leaves(alpha):
-        if not callable(value):
-            _validate.finite_at_least("alpha", value, 0.0, strict=True)
+    number = _hyperparams.check_number("alpha", alpha)
+    if number is not None:
+        _validate.finite_at_least("alpha", number, 0.0, strict=True)
 
     def rule(gramian: jax.Array, shares: jax.Array, size: Any, alpha: Any) -> jax.Array:
         del shares

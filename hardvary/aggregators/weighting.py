@@ -120,28 +120,31 @@ def weighting(
 
 
 def build(
-    weights_of: Callable[..., tuple[jax.Array, Any]],
+    weights_of: Callable[..., tuple[Any, ...]],
     *,
     name: str,
     axis_name: AxisName | None,
     hyperparams: dict[str, Any] | None = None,
     seed: Any = None,
     memory: Any = None,
+    asks: dict[str, str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """As `weighting`, of anything that weights environments.
 
     Args:
       weights_of: `(gradients, keywords, memory) -> (weights, memory)`, of
         `forms.Gradients`, hyperparameters as numbers and what it kept of the last
-        update.
+        update. A third result is `kept_fraction`.
       name: for messages.
       axis_name: see `and_mask`.
       hyperparams: see `weighting`, checked.
       seed: see `of_gramian`; a key is then among the keywords.
       memory: before the first update; the state is a `WeightingState` unless it is
         None.
+      asks: numbers `[env]` that `update` has to be given, by name, and what they are;
+        they are then among the keywords.
     """
-    hyperparams = hyperparams or {}
+    hyperparams, asks = hyperparams or {}, asks or {}
     counted = seed is not None or any(
         map(_hyperparams.is_scheduled, hyperparams.values())
     )
@@ -161,20 +164,27 @@ def build(
         env_weights: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
-        del extra_args
         grads = forms.read(updates, name, params, env_weights, axis_name)
         count: Any = state.mask_count if counted else None
-        new_state = next_state(jnp.ones((), jnp.float32), count)
+        fraction: Any = jnp.ones((), jnp.float32)
         kept = None if memory is None else state.memory
         if not grads.leaves:
-            return updates, state_of(new_state, kept)
+            return updates, state_of(next_state(fraction, count), kept)
         given: dict[str, Any] = {
             key: _hyperparams.per_leaf(key, value, 0, count)[0]
             for key, value in hyperparams.items()
         }
         if seed is not None:
             given["key"] = jax.random.fold_in(_validate.prng_key("seed", seed), count)
-        weights, kept = weights_of(grads, given, kept)
+        for key, what in asks.items():
+            if extra_args.get(key) is None:
+                raise TypeError(
+                    f"{name}: update needs {key}, {what}: call "
+                    f"update(grads, state, params, {key}=...)"
+                )
+            given[key] = grads.of_envs(key, extra_args[key])
+        weights, kept, *masked = weights_of(grads, given, kept)
+        fraction = masked[0].astype(jnp.float32) if masked else fraction
         if weights.shape != (grads.num_envs,):
             raise ValueError(
                 f"{name}: the rule must return weights of shape ({grads.num_envs},), "
@@ -185,7 +195,7 @@ def build(
         leaves = [
             leaf.astype(dtype) for leaf, dtype in zip(sums, grads.dtypes, strict=True)
         ]
-        return grads.unflatten(leaves), state_of(new_state, kept)
+        return grads.unflatten(leaves), state_of(next_state(fraction, count), kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

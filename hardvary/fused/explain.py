@@ -28,6 +28,9 @@ class ParameterRule:
         computed again for each pair of blocks; `"none"`, they are zero.
       gramian_products: multiplications that this takes, beside forward and backward
         pass; of all parameters that are computed together.
+      num_inputs: of the layer that it is the weights of, for `whiten_inputs`; None
+        where it is no weights of a dense layer or a convolution, or of one that is used
+        more than once.
     """
 
     path: str
@@ -37,6 +40,7 @@ class ParameterRule:
     stacked_bytes: int
     gramian: str
     gramian_products: int
+    num_inputs: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,9 @@ class Explanation:
     parameters: tuple[ParameterRule, ...]
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "rule", "reason", "gramian", "stacked")]
+        rows = [
+            ("parameter", "shape", "rule", "reason", "gramian", "inputs", "stacked")
+        ]
         rows += [
             (
                 row.path,
@@ -58,6 +64,7 @@ class Explanation:
                 row.rule,
                 row.reason,
                 row.gramian,
+                "none" if row.num_inputs is None else str(row.num_inputs),
                 f"{row.stacked_bytes / 2**20:.2g} MiB",
             )
             for row in self.parameters
@@ -72,7 +79,7 @@ class Explanation:
 def explanation(traced: Traced) -> Explanation:
     decision_of = {i: d for d in decisions(traced) for i in d.group.leaves}
     forms = {
-        i: rule.gramian_form()
+        i: (*rule.gramian_form(), rule.num_inputs)
         for rule in bound_rules(traced)
         for i in rule.group.leaves
     }

@@ -135,7 +135,7 @@ def test_explain_prints_a_line_for_every_parameter():
     text = str(hardvary.explain(loss, params, shape_of(NUM_ENVS, 4)))
     lines = text.splitlines()
     assert lines[0].split() == [
-        *("parameter", "shape", "rule", "reason", "gramian", "stacked")
+        *("parameter", "shape", "rule", "reason", "gramian", "inputs", "stacked")
     ]
     assert len(lines) == 1 + len(params)
     assert len({len(line) for line in lines}) == 1

@@ -66,7 +66,7 @@ def decide(program: Program, group: Group) -> Decision:
         if plain and only.primitive == "dot_general":
             num_rows = product.rows(only)
             if num_rows == 1:
-                return Decision(group, "product", "one outer product per environment")
+                return Decision(group, "product", "one outer product each")
             reason = f"a sum of {num_rows} outer products"
         elif plain:
             found = lookup.lookups(only)

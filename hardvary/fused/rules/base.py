@@ -1,5 +1,7 @@
 """What the rules of the fused oracle share."""
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,10 +11,11 @@ import numpy as np
 
 from hardvary import _validate
 from hardvary._env_grads.source import Source
-from hardvary._env_grads.statistics import EnvWeights, along_envs
+from hardvary._env_grads.statistics import EnvWeights, along_envs, present
 from hardvary.fused.grouping import Group
 from hardvary.fused.program import Bindings, Value
-from hardvary.fused.rules import convolution
+from hardvary.fused.rules import convolution, layout
+from hardvary.fused.rules.factors import Factors, factors_of
 from hardvary.fused.traced import Traced
 from hardvary.fused.uses import Use
 
@@ -27,12 +30,17 @@ class Rule(Source):
 
     A rule knows how to sum over environments; the rest it overrides where it has a
     faster form than `Source`.
+
+    Attributes:
+      root: `[input, input]`, symmetric, what all gradients are multiplied by; None for
+        nothing. Only where there are `factors`.
     """
 
     def __init__(self, traced: Traced, group: Group) -> None:
         self.traced, self.group = traced, group
         self.leaves = [jnp.asarray(traced.leaves[i]) for i in group.leaves]
         self.num_envs = traced.num_envs
+        self.root: jax.Array | None = None
 
     def elements(self) -> int:
         """Elements that may be held at once.
@@ -46,6 +54,48 @@ class Rule(Source):
 
     def stack(self) -> list[jax.Array]:
         return jax.vmap(self.pull())(*self.left_behind())
+
+    @functools.cached_property
+    def factors(self) -> Factors | None:
+        """Of the only parameter in its only use, None where these are not known."""
+        if len(self.group.uses) != 1 or len(self.group.leaves) != 1:
+            return None
+        return factors_of(self.traced.program, self.group.uses[0], self.num_envs)
+
+    @property
+    def num_inputs(self) -> int | None:
+        return None if self.factors is None else self.factors.num_inputs
+
+    def input_moment(self, weights: EnvWeights | None) -> jax.Array:
+        assert self.factors is not None
+        data, cotangent = (present(x, weights) for x in self._raw_pair())
+        if weights is not None:
+            roots = along_envs(jnp.sqrt(weights.values), data)
+            data = data.astype(_validate.wide(data.dtype)) * roots
+        return self.factors.moment(data, cotangent)
+
+    def whitened(self, root: jax.Array) -> "Rule":
+        result = copy.copy(self)
+        result.root = root
+        return result
+
+    def _raw_pair(self) -> tuple[jax.Array, jax.Array]:
+        """The data that the only parameter meets, and the cotangent; `[env, ...]`."""
+        ((data,),), ((cotangent,),) = self.left_behind()
+        return data, cotangent
+
+    def times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
+        assert self.factors is not None
+        (leaf,), (use,) = self.group.leaves, self.group.uses
+        used = layout.as_used(self.traced, use.operands[0], leaf, parameter)
+        product = self.factors.times(root, used)
+        return layout.in_layout(self.traced, use.operands[0], leaf, product)
+
+    def _whiten(self, parameters: list[jax.Array]) -> list[jax.Array]:
+        """The root, if there is one, times what is shaped like the parameters."""
+        if self.root is None:
+            return parameters
+        return [self.times(self.root, parameter) for parameter in parameters]
 
     def gramian_form(self) -> tuple[GramianForm, int]:
         """How `gramian` goes about it, and its multiplications."""
@@ -98,10 +148,12 @@ class Rule(Source):
 
         _, back = jax.vjp(outputs, *self.leaves)
         sums = back(cotangents)
-        return [
-            jnp.where(jnp.any(there), total, 0).astype(_validate.wide(total.dtype))
-            for total in sums
-        ]
+        return self._whiten(
+            [
+                jnp.where(jnp.any(there), total, 0).astype(_validate.wide(total.dtype))
+                for total in sums
+            ]
+        )
 
     def _determined(self) -> tuple[list[Value], Callable[..., list[Any]]]:
         """Operands of all uses, and the function of the parameters that makes them."""
@@ -139,6 +191,6 @@ class Rule(Source):
                     if operand in totals:
                         result = jax.lax.add(totals[operand], result)
                     totals[operand] = result
-            return list(back([totals[operand] for operand in operands]))
+            return self._whiten(list(back([totals[o] for o in operands])))
 
         return pull_all

@@ -151,6 +151,16 @@ class Pieces:
         piece = piece.reshape(self._rows, -1, self._groups, self.inputs)
         return jnp.swapaxes(piece, 1, 2).reshape(self._rows, self._groups, -1)
 
+    def window_order(self) -> np.ndarray:
+        """`[input]`, where pieces side by side have the inputs of [*window, in]."""
+        shifted = [len(axis.starts) for axis in self.axes]
+        reshaped = [axis.window if axis.reshaped else 1 for axis in self.axes]
+        sizes = [*shifted, *reshaped, self.inputs]
+        rank = len(self.axes)
+        window = [i for axis in range(rank) for i in (axis, axis + rank)]
+        places = np.arange(math.prod(sizes)).reshape(sizes)
+        return np.transpose(places, [*window, 2 * rank]).ravel()
+
 
 def in_a_loop(starts: Any) -> list[np.ndarray]:
     """Starts `[step, axis]` as a loop goes through them, an array for each axis."""

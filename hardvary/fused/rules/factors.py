@@ -20,15 +20,19 @@ from hardvary.fused.rules import convolution, inner_products, layout
 from hardvary.fused.rules.inner_products import Sizes
 from hardvary.fused.uses import Use
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 class Factors(abc.ABC):
     """Of one use of one parameter, whose entries it takes as they are, rearranged.
 
     Attributes:
       sizes: of the factors.
+      input_axes: axes of the parameter, as it is used, that inputs run over.
     """
 
     sizes: Sizes
+    input_axes: tuple[int, ...]
 
     def __init__(self, use: Use) -> None:
         self._use = use
@@ -56,6 +60,30 @@ class Factors(abc.ABC):
     @abc.abstractmethod
     def square_norms(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         """The diagonal of `gramian`, `[env]`."""
+
+    @property
+    def num_inputs(self) -> int | None:
+        """Inputs that every output is a sum over, None where outputs differ in them."""
+        return None if self.sizes.batch > 1 else self.sizes.pieces * self.sizes.inputs
+
+    @abc.abstractmethod
+    def moment(self, data: Any, cotangent: Any) -> jax.Array:
+        """`[input, input]`, the mean of `x x^T` over rows, the sum over environments.
+
+        Args:
+          data: see `gramian`.
+          cotangent: see `gramian`; of a value that does not matter.
+        """
+
+    def times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
+        """`root: [input, input]` times a parameter as it is used."""
+        rest = [i for i in range(parameter.ndim) if i not in self.input_axes]
+        order = [*self.input_axes, *rest]
+        ordered = jnp.transpose(parameter, order)
+        matrix = ordered.reshape(len(root), -1).astype(_wider(root, parameter))
+        product = jnp.matmul(root.astype(matrix.dtype), matrix, precision=_HIGHEST)
+        product = product.reshape(ordered.shape).astype(parameter.dtype)
+        return jnp.transpose(product, [order.index(i) for i in range(len(order))])
 
 
 def factors_of(program: Program, use: Use, num_envs: int) -> Factors | None:
@@ -111,6 +139,23 @@ class DotGeneral(Factors):
             size(data, contract),
             math.prod(mine) // max(size(mine, (*mine_contract, *mine_batch)), 1),
         )
+        self.input_axes = tuple(mine_contract)
+
+    def moment(self, data: Any, cotangent: Any) -> jax.Array:
+        left, _ = self.rearranged(data, cotangent)
+        rows = left.reshape(-1, self.sizes.inputs)
+        return jnp.matmul(rows.T, rows, precision=_HIGHEST) / self.sizes.rows
+
+    def whitened(self, data: jax.Array, root: jax.Array) -> jax.Array:
+        """The data with `root` times their inputs, in their own layout."""
+        _, _, contract, *_ = sides(self._use)
+        skip = 1 + len(self._use.steps)
+        axes = [axis + skip for axis in contract]
+        last = jnp.moveaxis(data, axes, range(data.ndim - len(axes), data.ndim))
+        rows = last.reshape(-1, len(root)).astype(_wider(root, data))
+        product = jnp.matmul(rows, root.astype(rows.dtype), precision=_HIGHEST)
+        product = product.reshape(last.shape).astype(data.dtype)
+        return jnp.moveaxis(product, range(data.ndim - len(axes), data.ndim), axes)
 
     def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         by_rows = self.gramian_form()[0] == "rows"
@@ -198,6 +243,19 @@ class _Convolution(Factors):
             kernel.shape[out_axis] // groups,
             math.prod(kernel.shape[axis] for axis in window),
         )
+        self.input_axes = (*window, in_axis)
+
+    def moment(self, data: Any, cotangent: Any) -> jax.Array:
+        def of_env(pair: Any) -> jax.Array:
+            pieces = self._pieces(*pair)
+            left = [pieces.at(start)[:, 0] for start in pieces.starts]
+            rows = jnp.concatenate(left, axis=1)
+            return jnp.matmul(rows.T, rows, precision=_HIGHEST)
+
+        pairs = (data[:, None], cotangent[:, None])
+        total = inner_products.sum_over(of_env, pairs, ())
+        order = self._pieces(data[:1], cotangent[:1]).window_order()
+        return total[order][:, order] / self.sizes.rows
 
     def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         by_rows = self.gramian_form()[0] == "rows"

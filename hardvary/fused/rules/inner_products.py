@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import sharding
+from hardvary._env_grads.source import flat
+from hardvary._typing import AxisName
 
 # Elements of a product of rows cost more than their two factors: two more passes.
 _PER_PAIR = 4
@@ -99,6 +101,44 @@ def gramian_by_tiles(left: jax.Array, right: jax.Array, elements: int) -> jax.Ar
         return jnp.matmul(flat, flat.T, precision=_HIGHEST)
 
     return _over_tiles(of_tile, left, right, elements)
+
+
+def gramian_by_blocks(
+    grads_of: Callable[[Any], list[jax.Array]],
+    inputs: Any,
+    size: int,
+    axis_name: AxisName | None,
+) -> list[jax.Array]:
+    """`[env, env]`, a parameter each: a block of environments with another.
+
+    Args:
+      grads_of: stacked gradients from what `size` environments have of `inputs`; it is
+        asked again for each pair of blocks.
+      inputs: leaves `[env, ...]`.
+      size: a divisor of the number of environments.
+      axis_name: mapped axis over which further environments are spread.
+    """
+
+    def rows(block: Any) -> list[jax.Array]:
+        mine = [flat(grad) for grad in grads_of(block)]
+
+        def columns(other: Any) -> list[jax.Array]:
+            """[other env, device, env of the block]."""
+            result = []
+            for a, grad in zip(mine, grads_of(other), strict=True):
+                theirs = sharding.all_rows(flat(grad), axis_name)
+                product = jnp.matmul(theirs, a.T, precision=_HIGHEST)
+                product = product.reshape(-1, len(grad), len(a))
+                result.append(jnp.swapaxes(product, 0, 1))
+            return result
+
+        return [jnp.transpose(part) for part in in_parts(columns, inputs, size)]
+
+    result = []
+    for part in in_parts(rows, inputs, size):
+        # [env, device, env of the device] -> all with all.
+        result.append(sharding.all_rows(part.reshape(len(part), -1), axis_name))
+    return result
 
 
 def square_norms_by_rows(left: jax.Array, right: jax.Array, elements: int) -> jax.Array:

@@ -1,12 +1,15 @@
 """From the layout in which a parameter is used to its own."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 
+from hardvary import sharding
 from hardvary.fused.program import Bindings, Program, Value
 from hardvary.fused.traced import Traced
 
@@ -17,25 +20,27 @@ CASTS = ("convert_element_type",)
 
 def in_layout(traced: Traced, value: Value, leaf: int, total: jax.Array) -> jax.Array:
     """Rearranges an array in the layout of `value` to that of the parameter."""
-    program = traced.program
-    source = program.inputs[leaf]
-    steps, _ = program.needed([value])
-
-    def rearrange(entries: jax.Array) -> jax.Array:
-        bindings = Bindings()
-        bindings[source] = entries
-        for step in steps:
-            if step.eqn.primitive.name in CASTS:
-                bindings[step.outputs[0]] = bindings[step.inputs[0]]
-            else:
-                step.run(bindings)
-        return bindings[value]
-
-    like = jax.ShapeDtypeStruct(source.aval.shape, total.dtype)
-    if not steps:
-        return total
-    (result,) = jax.linear_transpose(rearrange, like)(total)
+    source = traced.program.inputs[leaf]
+    # Not jax.linear_transpose, which knows nothing of values that differ between
+    # devices.
+    zeros = sharding.vary_like(jnp.zeros(source.aval.shape, total.dtype), total)
+    _, back = jax.vjp(functools.partial(as_used, traced, value, leaf), zeros)
+    (result,) = back(total)
     return result
+
+
+def as_used(traced: Traced, value: Value, leaf: int, entries: jax.Array) -> jax.Array:
+    """Rearranges an array in the layout of the parameter to that of `value`."""
+    program = traced.program
+    steps, _ = program.needed([value])
+    bindings = Bindings()
+    bindings[program.inputs[leaf]] = entries
+    for step in steps:
+        if step.eqn.primitive.name in CASTS:
+            bindings[step.outputs[0]] = bindings[step.inputs[0]]
+        else:
+            step.run(bindings)
+    return bindings[value]
 
 
 def is_rearranged(program: Program, value: Value) -> bool:

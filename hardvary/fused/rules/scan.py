@@ -1,6 +1,5 @@
 """The rule for sums of products: a few environments at a time."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import _validate, sharding
-from hardvary._env_grads.source import flat, inner_products, square_norms
+from hardvary._env_grads.source import inner_products, square_norms
 from hardvary._env_grads.statistics import (
     EnvWeights,
     Statistic,
@@ -21,8 +20,12 @@ from hardvary._env_grads.statistics import (
 from hardvary._typing import AxisName
 from hardvary.fused.rules import convolution
 from hardvary.fused.rules.base import GramianForm, Rule
-from hardvary.fused.rules.factors import DotGeneral, Factors, factors_of
-from hardvary.fused.rules.inner_products import divisor, in_parts
+from hardvary.fused.rules.factors import DotGeneral
+from hardvary.fused.rules.inner_products import (
+    divisor,
+    gramian_by_blocks,
+    in_parts,
+)
 from hardvary.fused.rules.layout import in_layout
 
 # Environments whose convolutions' gradients are added up at once, on CPU.
@@ -81,8 +84,11 @@ class Scan(Rule):
     def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
         (form, _), factors = self.gramian_form(), self.factors
         if factors is None or form in ("stacked", "blocks"):
-            if axis_name is None and form == "blocks":
-                return self._gramian_by_blocks()
+            if form == "blocks":
+                # Two blocks meet.
+                size = divisor(self.num_envs, max(self._block() // 2, 1))
+                of_block = lambda block: jax.vmap(self.pull())(*block)  # noqa: E731
+                return gramian_by_blocks(of_block, self.left_behind(), size, axis_name)
             grads = self._of_envs(lambda grad: grad)
             return [inner_products(sharding.all_rows(x, axis_name)) for x in grads]
         data, cotangent = (sharding.all_rows(x, axis_name) for x in self._pair())
@@ -91,7 +97,9 @@ class Scan(Rule):
 
     def gramian_form(self) -> tuple[GramianForm, int]:
         held = self.num_envs * self.size <= self.elements()
-        if self.factors is not None and not (self._is_convolved() and held):
+        # Pieces of a convolution's input are not whitened, its gradients are.
+        stacked = self._is_convolved() and (held or self.root is not None)
+        if self.factors is not None and not stacked:
             return self.factors.gramian_form()
         form, products = super().gramian_form()
         return form if held else "blocks", products
@@ -112,43 +120,16 @@ class Scan(Rule):
     def _is_convolved(self) -> bool:
         return any(convolution.applies(use) for use in self.group.uses)
 
-    @functools.cached_property
-    def factors(self) -> Factors | None:
-        """Of the only parameter in its only use, None where these are not known."""
-        if len(self.group.uses) > 1 or len(self.group.leaves) > 1:
-            return None
-        return factors_of(self.traced.program, self.group.uses[0], self.num_envs)
-
     def _pair(self) -> tuple[jax.Array, jax.Array]:
-        """The data that a parameter meets, and the cotangent; `[env, ...]`."""
-        ((data,),), ((cotangent,),) = self.left_behind()
+        """As `_raw_pair`, of gradients that are multiplied by the root."""
+        data, cotangent = self._raw_pair()
+        if self.root is not None and isinstance(self.factors, DotGeneral):
+            data = self.factors.whitened(data, self.root)
         return data, cotangent
 
     def _block(self) -> int:
         """Number of environments whose gradients may be held at once."""
         return divisor(self.num_envs, self.elements() // max(self.size, 1))
-
-    def _gramian_by_blocks(self) -> list[jax.Array]:
-        """A block of environments with another, gradients computed again for each."""
-        grads_of, left_behind = jax.vmap(self.pull()), self.left_behind()
-        # Two blocks meet.
-        size = divisor(self.num_envs, max(self._block() // 2, 1))
-        if self._block() == self.num_envs:
-            return [inner_products(grad) for grad in grads_of(*left_behind)]
-
-        def rows(block: Any) -> list[jax.Array]:
-            mine = [flat(grad) for grad in grads_of(*block)]
-
-            def columns(other: Any) -> list[jax.Array]:
-                theirs = [flat(grad) for grad in grads_of(*other)]
-                return [
-                    jnp.matmul(b, a.T, precision=jax.lax.Precision.HIGHEST)
-                    for a, b in zip(mine, theirs, strict=True)
-                ]
-
-            return [part.T for part in in_parts(columns, left_behind, size)]
-
-        return in_parts(rows, left_behind, size)
 
     def _at_once(self) -> int:
         """Number of environments to take together."""

@@ -1,0 +1,260 @@
+"""Gradients as they are for inputs without a scale or a correlation of their own."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from hardvary import _validate
+from hardvary._env_grads import forms
+from hardvary._env_grads.env_grad import EnvGrad
+from hardvary._typing import PyTree
+
+# From a parameter to the number of inputs of the layer that it is the weights of.
+InputsOf = Callable[[Any], int | None]
+
+
+class Whitening(NamedTuple):
+    """What is known of one layer's inputs; None at parameters without.
+
+    Attributes:
+      moment: `[input, input]`, average of the second moment, without its correction for
+        the start at 0.
+      root: `[input, input]`, symmetric, inverse root of the damped moment.
+    """
+
+    moment: jax.Array
+    root: jax.Array
+
+
+class WhitenInputsState(NamedTuple):
+    """State of `whiten_inputs`.
+
+    Attributes:
+      whiten_count: int32 scalar, number of updates so far.
+      layers: a list like the leaves of the parameters, of `Whitening` or None.
+      inner: state of the aggregator inside.
+    """
+
+    whiten_count: jax.Array
+    layers: list[Whitening | None]
+    inner: Any
+
+
+def all_axes_but_the_last(param: Any) -> int | None:
+    """The number of inputs of a kernel [..., in, out], as Flax and Haiku have them."""
+    shape = np.shape(param)
+    return int(np.prod(shape[:-1])) if len(shape) > 1 else None
+
+
+def whiten_inputs(
+    aggregator: optax.GradientTransformationExtraArgs,
+    *,
+    damping: ArrayLike = 1e-3,
+    decay: ArrayLike = 0.95,
+    every: int = 10,
+    max_inputs: int = 1024,
+    inputs_of: InputsOf = all_axes_but_the_last,
+) -> optax.GradientTransformationExtraArgs:
+    r"""An aggregator that works on gradients for whitened inputs, layer by layer.
+
+    .. math::
+      u = S \, a(S g_1, \dots, S g_E), \qquad
+      S = \Big(A + \delta \, \frac{\operatorname{tr} A}{d} I\Big)^{-1/2}, \qquad
+      A = \mathbb{E}[x x^\top]
+
+    for the weights :math:`[d, out]` of a layer with inputs x (patches, of a
+    convolution) and the aggregator a. With a rule by inner products the function that
+    is trained is then the same, whatever invertible matrix the layer's inputs were
+    multiplied by (damping apart). A mean turns into a step of natural gradient on the
+    inputs' side. Parameters without such inputs (biases, tables, weights that are used
+    twice) go through as they are: `explain` shows which.
+
+    What follows in the chain has to scale a layer by one number to keep that:
+    momentum, `optax.novograd`; Adam divides every weight by its own size, which brings
+    the basis back.
+
+    Args:
+      aggregator: any transformation of this library that takes `EnvGrad`.
+      damping: :math:`\delta` >= 0, relative to the mean eigenvalue of A. Without it
+        directions that no input has are left alone.
+      decay: in [0, 1), of the average of A over time, each time that it is refreshed;
+        corrected for its start at 0.
+      every: updates from one refresh of A and S to the next; the first is one. Costs a
+        product rows x input x input and the eigenvectors of A.
+      max_inputs: layers with more inputs go without; the state of a layer is two
+        matrices `[input, input]`.
+      inputs_of: from a parameter to the number of inputs that its layer has, None for
+        none, for libraries whose kernels are not [..., in, out].
+
+    Returns:
+      A transformation with state `WhitenInputsState` that takes a tree of `EnvGrad`;
+      extra arguments go to the aggregator.
+
+    Raises:
+      TypeError: an aggregator that is no transformation, a damping or decay that is no
+        real scalar, an `every` or `max_inputs` that is no integer; (tracing) gradients
+        in another form, as the aggregator.
+      ValueError: a negative, infinite or NaN damping, a decay outside [0, 1), an
+        `every` or `max_inputs` below 1; (tracing) a layer with another number of
+        inputs than `inputs_of` says, no layer with known inputs at all, as the
+        aggregator.
+
+    Edge cases:
+      ==========================  ==================================================
+      NaN or infinity             in inputs: the refresh is skipped
+      an environment of weight 0  its inputs do not count
+      low precision               moments and roots are in at least float32, what they
+                                  are multiplied with stays in the layer's dtype
+      ==========================  ==================================================
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, hardvary
+      >>> loss = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+      >>> x = jnp.array([[[100.0, 0.0]], [[0.0, 0.1]]])  # [env, example, feature]
+      >>> y = jnp.array([[[1.0]], [[1.0]]])
+      >>> rule = hardvary.whiten_inputs(hardvary.upgrad(), damping=0.0)
+      >>> tx = optax.chain(rule, optax.sgd(0.5))
+      >>> @jax.jit
+      ... def step(w, state):
+      ...     losses, grads = hardvary.value_and_env_grads(loss)(w, (x, y))
+      ...     updates, state = tx.update(grads, state, w)
+      ...     return optax.apply_updates(w, updates), losses
+      >>> w = jnp.zeros((2, 1))
+      >>> w, losses = step(w, tx.init(w))
+      >>> [round(v, 4) for v in w[:, 0].tolist()]
+      [0.01, 10.0]
+
+    References:
+      Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored
+      Approximate Curvature <https://arxiv.org/abs/1503.05671>`_, ICML 2015: the inputs'
+      factor.
+
+    Warning:
+      Must come first in an `optax.chain`.
+    """
+    if not isinstance(aggregator, optax.GradientTransformation):
+        raise TypeError(
+            "aggregator must be a transformation such as hardvary.upgrad(), got "
+            f"{aggregator!r}"
+        )
+    _validate.scalar("damping", damping, rule=">= 0")
+    _validate.finite_at_least("damping", damping, 0.0)
+    _validate.decay_rate("decay", decay)
+    _validate.whole_number("every", every, 1)
+    _validate.whole_number("max_inputs", max_inputs, 1)
+    inside = optax.with_extra_args_support(aggregator)
+
+    def start(param: Any) -> Whitening | None:
+        size = inputs_of(param)
+        if size is None or size > max_inputs:
+            return None
+        dtype = _validate.wide(jnp.result_type(param))
+        return Whitening(jnp.zeros((size, size), dtype), jnp.eye(size, dtype=dtype))
+
+    def init_fn(params: PyTree) -> WhitenInputsState:
+        layers = [start(param) for param in jax.tree.leaves(params)]
+        return WhitenInputsState(
+            jnp.zeros((), jnp.int32), layers, aggregator.init(params)
+        )
+
+    def refreshed(layer: Whitening, moment: jax.Array, count: jax.Array) -> Whitening:
+        rate = jnp.asarray(decay).astype(moment.dtype)
+        average = rate * layer.moment + (1 - rate) * moment
+        share = 1 - rate ** (count // every + 1).astype(moment.dtype)
+        root = inverse_root(average / share, damping)
+        known = jnp.all(jnp.isfinite(average))
+        return Whitening(
+            jnp.where(known, average, layer.moment),
+            jnp.where(known, root, layer.root),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: WhitenInputsState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, WhitenInputsState]:
+        paths = jax.tree.leaves_with_path(updates, is_leaf=forms.is_leaf)
+        treedef = jax.tree.structure(updates, is_leaf=forms.is_leaf)
+        leaves = [leaf for _, leaf in paths]
+        for (path, leaf), layer in zip(paths, state.layers, strict=True):
+            _check(path, leaf, layer)
+        used = [
+            layer is not None and leaf.num_inputs is not None
+            for leaf, layer in zip(leaves, state.layers, strict=True)
+        ]
+        if not any(used):
+            raise ValueError(
+                "whiten_inputs: of no parameter here is it known what inputs it meets, "
+                f"in a layer with at most max_inputs={max_inputs}; explain(loss_fn, "
+                "...) shows them, value_and_env_grads with a microbatch_size and "
+                "value_and_env_grads_of_losses know none"
+            )
+
+        def refresh(layers: list[Any]) -> list[Any]:
+            return [
+                refreshed(layer, leaf.input_moment().astype(layer.moment.dtype), count)
+                if met
+                else layer
+                for layer, leaf, met in zip(layers, leaves, used, strict=True)
+            ]
+
+        count = state.whiten_count
+        layers = jax.lax.cond(
+            count % every == 0, refresh, lambda layers: layers, state.layers
+        )
+        whitened = [
+            leaf._whitened(layer.root) if met else leaf
+            for leaf, layer, met in zip(leaves, layers, used, strict=True)
+        ]
+        updates, inner = inside.update(
+            jax.tree.unflatten(treedef, whitened), state.inner, params, **extra_args
+        )
+        results = [
+            leaf._times(layer.root, update) if met else update
+            for leaf, layer, update, met in zip(
+                leaves, layers, jax.tree.leaves(updates), used, strict=True
+            )
+        ]
+        state = WhitenInputsState(optax.safe_increment(count), layers, inner)
+        return jax.tree.unflatten(treedef, results), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def inverse_root(moment: jax.Array, damping: Any) -> jax.Array:
+    """`(A + damping tr(A)/d I)^(-1/2)`, 0 along what has no size."""
+    size, eps = len(moment), jnp.finfo(moment.dtype).eps
+    known = jnp.all(jnp.isfinite(moment))
+    # Eigenvalues of what is not finite may never end.
+    moment = jnp.where(known, moment, jnp.eye(size, dtype=moment.dtype))
+    scale = jnp.trace(moment) / size
+    scale = jnp.where(scale > 0, scale, 1)
+    values, vectors = jnp.linalg.eigh(moment / scale)
+    values = values + jnp.asarray(damping).astype(moment.dtype)
+    there = values > size * eps * jnp.max(jnp.abs(values))
+    roots = jnp.where(there, jax.lax.rsqrt(jnp.where(there, values, 1) * scale), 0)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(vectors * roots[None, :], vectors.T, precision=highest)
+
+
+def _check(path: Any, leaf: Any, layer: Whitening | None) -> None:
+    where = _validate.leaf_path(path)
+    if not isinstance(leaf, EnvGrad):
+        raise TypeError(
+            "whiten_inputs needs gradients that know the inputs of their layers: use "
+            f"value_and_env_grads, inside the same jit; the leaf at {where} is "
+            f"{_validate.a_or_an(type(leaf).__name__)}"
+        )
+    if layer is None or leaf.num_inputs in (None, len(layer.root)):
+        return
+    raise ValueError(
+        f"whiten_inputs: the layer of the parameter at {where}, of shape {leaf.shape}, "
+        f"has {leaf.num_inputs} inputs, and inputs_of says {len(layer.root)}; pass an "
+        "inputs_of that knows this layout, such as lambda p: p.shape[-1]"
+    )
