@@ -10,9 +10,9 @@ import pytest
 from experiments.common.figures import read_table
 from experiments.synthetic.commands import DRAWINGS, selected_settings
 from experiments.synthetic.config import (
-    AGGREGATORS,
-    METHODS,
+    OBJECTIVES,
     RULES,
+    SEARCHED_METHODS,
     SelectedConfig,
     TrainConfig,
 )
@@ -20,7 +20,6 @@ from experiments.synthetic.search import select
 from tests.experiments.conftest import ROOT
 
 RESULTS = ROOT / "docs" / "results" / "synthetic"
-BASELINES = [method for method in METHODS if method not in AGGREGATORS]
 
 
 def seeds(name):
@@ -31,7 +30,7 @@ def mean(rows, name):
     return statistics.fmean(row[name] for row in rows)
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", OBJECTIVES)
 def test_figure_6_baselines_memorise(method):
     rows = [r for r in read_table(RESULTS / "figure6.csv") if r["method"] == method]
     assert all(row["run"] == "" for row in rows)
@@ -77,7 +76,7 @@ def test_committed_tables_draw_their_figures(name, tmp_path):
     DRAWINGS[name](read_table(RESULTS / f"{name}.csv")).savefig(tmp_path / "f.png")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEARCHED_METHODS)
 def test_committed_choices_follow_from_the_committed_trials(method):
     searches = json.loads((RESULTS / "searches.json").read_text())
     summary = searches[method]["summary"]
