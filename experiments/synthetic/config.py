@@ -71,6 +71,9 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["step", "cosine", "constant"]
 Oracle = Literal["fused", "scan", "vmap"]
+# What the AND-mask acts on.
+Placement = Literal["gradients", "moments", "update"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 Value = TypeVar("Value")
 # A setting that is no flag of the command.
@@ -224,6 +227,10 @@ class TrainConfig(Settings):
     method: Method = "and_mask"
     """erm averages the losses; irm, vrex, group_dro and dann change the objective; the
     others are the library's rules, which aggregate the environments' gradients."""
+    placement: Placement = "gradients"
+    """What and_mask acts on, and whose signs have to agree: gradients (those, before
+    adam's moments), moments (first moments, one for each environment: as many copies of
+    the parameters), update (what adam makes of the mean; signs are of gradients)."""
     seed: int = 0
     """Seed of the data, the initial weights and the order of examples."""
 
@@ -231,6 +238,15 @@ class TrainConfig(Settings):
         super().__post_init__()
         require_kinds(self, method=Method)
         _require_suited(self, [self.method], [self.threshold])
+        require_kinds(self, placement=Placement)
+        fine = self.placement == "gradients" or (
+            self.method == "and_mask" and self.optimizer == "adam" and not self.rescale
+        )
+        rule = "gradients for all but and_mask with adam and without rescale"
+        require("placement", self.placement, fine, rule)
+        fine = self.oracle == "vmap" or self.placement != "moments"
+        rule = "vmap for placement=moments, which looks at every gradient"
+        require("oracle", self.oracle, fine, rule)
         require_seeds(self, "seed")
 
 
@@ -478,6 +494,55 @@ class EnvsConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class PlacementConfig(Settings):
+    """The AND-mask on gradients, on moments, on updates, with each of some settings."""
+
+    # One way for all, so that sums are rounded alike; Adam without rescaling is what
+    # there are placements for.
+    oracle: Hidden[Oracle] = "vmap"
+    optimizer: Hidden[Optimizer] = "adam"
+    rescale: Hidden[bool] = False
+    max_rescale: Hidden[float | None] = None
+    # These are drawn from the settings below.
+    threshold: Hidden[float] = 1.0
+    weight_decay: Hidden[float] = 0.0
+
+    placements: tuple[Placement, ...] = PLACEMENTS
+    """What the mask acts on, as for train."""
+    thresholds: tuple[float, ...] = (1.0, 0.8)
+    """Thresholds of the mask."""
+    weight_decays: tuple[float, ...] = (0.0, 0.3)
+    """Decoupled weight decays, past the mask at every placement."""
+    seeds: tuple[int, int] = (0, 2)
+    """First and last seed, both included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_kinds(self, placements=Placement)
+        require_distinct(self, "placements", "placements")
+        require_distinct(self, "numbers", "thresholds", "weight_decays")
+        require_share(self, "thresholds")
+        require_non_negative(self, "weight_decays")
+        require_seeds(self, "seeds")
+
+    def train_configs(self) -> list[TrainConfig]:
+        """The config of every run."""
+        first, last = self.seeds
+        shared = shared_settings(self)
+        return [
+            TrainConfig(
+                **{**shared, "threshold": threshold, "weight_decay": decay},
+                placement=placement,
+                seed=seed,
+            )
+            for placement in self.placements
+            for threshold in self.thresholds
+            for decay in self.weight_decays
+            for seed in range(first, last + 1)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
 class CorrelationsConfig(Settings):
     """Gradients at random initial weights, and what masks leave of them."""
 
@@ -625,6 +690,13 @@ CONSISTENCY_PRESETS: dict[Preset, ConsistencyConfig] = {
     ),
     "cpu": ConsistencyConfig(),
     "paper": ConsistencyConfig(**PRESETS["paper"], seeds=(0, 4), num_pairs=16),
+}
+PLACEMENT_PRESETS: dict[Preset, PlacementConfig] = {
+    "smoke": PlacementConfig(
+        **PRESETS["smoke"], thresholds=(0.5,), weight_decays=(0.0,), seeds=(0, 1)
+    ),
+    "cpu": PlacementConfig(),
+    "paper": PlacementConfig(**PRESETS["paper"]),
 }
 ENVS_PRESETS: dict[Preset, EnvsConfig] = {
     "smoke": EnvsConfig(

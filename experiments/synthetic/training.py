@@ -26,6 +26,7 @@ from experiments.synthetic.model import (
     make_apply,
     make_train_apply,
 )
+from experiments.synthetic.placement import mask_update, per_env
 
 METRICS = (
     "loss",
@@ -154,17 +155,25 @@ def make_optimizer(
       config: what to train.
       key: what a rule that is random draws from.
     """
-    parts: list[optax.GradientTransformation] = []
+    aggregate: list[optax.GradientTransformation] = []
     if config.method in AGGREGATE:
-        parts.append(AGGREGATE[config.method].make(config, key))
+        aggregate.append(AGGREGATE[config.method].make(config, key))
+    decay: list[optax.GradientTransformation] = []
     if config.l2:
-        parts.append(optax.add_decayed_weights(config.l2))
+        decay.append(optax.add_decayed_weights(config.l2))
     if config.l1:
-        parts.append(hardvary.add_l1_decay(config.l1))
+        decay.append(hardvary.add_l1_decay(config.l1))
     if config.optimizer == "adam":
-        parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+        moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
     else:
-        parts.append(optax.trace(decay=0.9))
+        moments = optax.trace(decay=0.9)
+    parts = [*aggregate, *decay, moments]
+    if config.placement == "moments":
+        first = per_env(optax.ema(config.b1), config.num_envs)
+        second = optax.scale_by_adam(0.0, config.b2, config.eps)
+        parts = [first, *aggregate, *decay, second]
+    elif config.placement == "update":
+        parts = [mask_update(optax.chain(*decay, moments), config.threshold)]
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay))
     parts.append(optax.scale_by_learning_rate(make_schedule(config)))
@@ -233,7 +242,7 @@ def make_oracle(
     stats = AGGREGATE[config.method].stats
     axis = ENV_AXIS if config.batch_norm else None
     in_axes = {"batch_stats": None, "penalty_weight": None}
-    if stats:
+    if stats and config.placement != "moments":
         return hardvary.value_and_grad_stats(
             env_loss,
             stats=stats,
