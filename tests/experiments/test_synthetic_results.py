@@ -104,3 +104,52 @@ def _parse(text):
 def test_committed_results_are_small():
     for path in pathlib.Path(RESULTS).rglob("*"):
         assert path.stat().st_size < 1_000_000, path
+
+
+@pytest.fixture(scope="module")
+def placed():
+    """Test accuracies by L2, decoupled decay, threshold and placement, a seed each."""
+    runs = {}
+    for l2, name in ((1e-7, "placement"), (0.0, "placement_no_l2")):
+        made = json.loads((RESULTS / f"{name}.json").read_text())
+        assert made["config"]["l2"] == l2
+        for row in read_table(RESULTS / f"{name}.csv"):
+            key = (l2, row["weight_decay"], row["threshold"], row["placement"])
+            runs.setdefault(key, []).append(row["test_accuracy"])
+    assert {len(accuracies) for accuracies in runs.values()} == {3}
+    return runs
+
+
+def differences(placed, placement, l2):
+    """Mean difference to `gradients` over seeds, and half of its 95 % interval."""
+    pairs = zip(
+        placed[l2, 0.0, 0.8, placement], placed[l2, 0.0, 0.8, "gradients"], strict=True
+    )
+    values = [100 * (own - other) for own, other in pairs]
+    student = 4.3027  # its 97.5 % quantile at two degrees of freedom
+    half = student * statistics.stdev(values) / len(values) ** 0.5
+    return [round(statistics.fmean(values), 1), round(half, 1)]
+
+
+def test_placement_last_fails_and_without_l2_all_do(placed):
+    assert differences(placed, "moments", 1e-7) == [0.5, 2.1]
+    assert differences(placed, "update", 1e-7) == [-47.7, 3.0]
+    assert differences(placed, "moments", 0.0) == [0.3, 3.6]
+    assert differences(placed, "update", 0.0) == [-0.1, 3.1]
+    for (l2, _, threshold, placement), accuracies in placed.items():
+        if threshold == 1 or l2 == 0 or placement == "update":
+            assert max(accuracies) < 0.67
+    for placement in ("gradients", "moments"):
+        assert min(placed[1e-7, 0.0, 0.8, placement]) >= 0.98
+
+
+def test_placement_on_moments_lets_more_through_and_fits_better():
+    runs = {
+        (row["placement"], row["seed"]): row
+        for row in read_table(RESULTS / "placement.csv")
+        if (row["threshold"], row["weight_decay"]) == (0.8, 0)
+    }
+    for seed in range(3):
+        moments, gradients = runs["moments", seed], runs["gradients", seed]
+        assert moments["kept_fraction"] > 0.15 > 0.05 > gradients["kept_fraction"]
+        assert moments["loss"] < gradients["loss"]
