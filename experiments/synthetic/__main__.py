@@ -19,6 +19,7 @@ from experiments.synthetic.config import (
     CONSISTENCY_PRESETS,
     CORRELATIONS_PRESETS,
     ENVS_PRESETS,
+    PLACEMENT_PRESETS,
     PRESETS,
     SEARCH_PRESETS,
     SELECTED_PRESETS,
@@ -87,6 +88,12 @@ COMMANDS: dict[str, Command[Any, Any] | Group] = {
         "Search for the inconsistency of what training finds; estimate the ILC.",
         CONSISTENCY_PRESETS,
         FigureOptions,
+    ),
+    "placement": later(
+        f"{HERE}:placement",
+        "Let the AND-mask act on gradients, on moments or on updates; print a table.",
+        PLACEMENT_PRESETS,
+        WorkerOptions,
     ),
     "figure": Group("Draw figure 6, 7, 14 or 15 of the paper.", FIGURES),
 }

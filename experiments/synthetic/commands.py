@@ -1,4 +1,4 @@
-"""The subcommands: train, compare, rerun, search, consistency, figure."""
+"""The subcommands: train, compare, rerun, search, consistency, placement, figure."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from experiments.synthetic.config import (
     CorrelationsConfig,
     EnvsConfig,
     Method,
+    PlacementConfig,
     RerunConfig,
     SearchConfig,
     SelectedConfig,
@@ -67,6 +68,8 @@ COMPARE_FIGURE = "compare.png"
 COMPARE_TABLE = "compare.csv"
 SEEDS_TABLE = "seeds.csv"
 SEEDS_FIGURE = "seeds.png"
+PLACEMENT_TABLE = "placement.csv"
+PLACEMENT_SETTINGS = ("placement", "threshold", "weight_decay")
 SELECTED = "selected.json"
 SEARCHES_TABLE = "searches.csv"
 SELECTED_FIGURES = ("figure6", "figure14")
@@ -431,6 +434,68 @@ def consistency(call: Invocation[ConsistencyConfig, FigureOptions]) -> None:
         print(format_consistency(run.summary()))
         print(f"Every search: {run.path / 'consistency.csv'}")
         print(f"Figure: {run.path / 'consistency.png'}")
+
+
+def placement(call: Invocation[PlacementConfig, WorkerOptions]) -> None:
+    """Where the AND-mask acts: on gradients, on moments, on updates."""
+    config, options = call.config, call.options
+    path = call.run_path(EXPERIMENT, f"placement-{options.preset}")
+    with entered(
+        call,
+        path,
+        f"{EXPERIMENT} placement",
+        outputs=(PLACEMENT_TABLE, TRAIN_FIGURE),
+        parts=TRAIN,
+    ) as run:
+        if not run.finished:
+            jobs = []
+            for c in config.train_configs():
+                name = (
+                    f"{c.placement}-threshold{c.threshold}-decay{c.weight_decay}"
+                    f"-seed{c.seed}"
+                )
+                jobs.append((run.path / name, c, call.command))
+            outcomes = _train_all(run, jobs, options.workers, unit="run")
+            rows = [
+                {name: getattr(c, name) for name in PLACEMENT_SETTINGS} | outcome.result
+                for (_, c, _), outcome in zip(jobs, outcomes, strict=True)
+            ]
+            run.write_metrics(rows, PLACEMENT_TABLE)
+            run.finish({"results": summarize_placement(rows)})
+        print(format_placement(run.summary()["results"]))
+        print(f"Every run: {run.path / PLACEMENT_TABLE}")
+
+
+def summarize_placement(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Statistics over seeds of every placement with each of its settings."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[n] for n in PLACEMENT_SETTINGS), []).append(row)
+    return [
+        {
+            **dict(zip(PLACEMENT_SETTINGS, settings, strict=True)),
+            **summarize_seeds(own),
+            "max_test_accuracy": max(row["test_accuracy"] for row in own),
+            "mean_train_accuracy": sum(row["train_accuracy"] for row in own) / len(own),
+        }
+        for settings, own in groups.items()
+    ]
+
+
+def format_placement(results: Sequence[Mapping[str, Any]]) -> str:
+    """The statistics as text."""
+    columns = {
+        "placement": ("placement", "<11"),
+        "threshold": ("threshold", ">9"),
+        "decay": ("weight_decay", ">5"),
+        "seeds": ("seeds", ">5"),
+        "train": ("mean_train_accuracy", ">7.1%"),
+        "test": ("mean_test_accuracy", ">7.1%"),
+        "lowest": ("min_test_accuracy", ">7.1%"),
+        "highest": ("max_test_accuracy", ">7.1%"),
+        "solved": ("solved", ">6"),
+    }
+    return format_rows(columns, results)
 
 
 def _network_rows(

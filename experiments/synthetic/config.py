@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
@@ -25,19 +26,38 @@ from experiments.common.validation import (
     require_share,
 )
 
-Method = Literal[
-    "erm",
-    "irm",
-    "vrex",
-    "group_dro",
-    "dann",
+# A loss of all environments.
+Objective = Literal["erm", "irm", "vrex", "group_dro", "dann"]
+# These turn the gradients of environments into one: component by component, with a
+# threshold or without, and by inner products.
+Mask = Literal["and_mask", "geometric_mean", "sand_mask", "soft_and_mask"]
+Vote = Literal["grad_drop", "disjoint_mean", "majority_sign", "agr_rand"]
+GramianRule = Literal[
+    "upgrad",
+    "dualproj",
+    "mgda",
+    "cagrad",
+    "nash_mtl",
+    "fairgrad",
+    "imtl_g",
+    "aligned_mtl",
+    "config",
+    "pcgrad",
+    "grad_vac",
+    "clip_env_norms",
+]
+Method = Literal[Objective, Mask, Vote, GramianRule]
+METHODS: tuple[Method, ...] = get_args(Method)
+OBJECTIVES: tuple[Method, ...] = get_args(Objective)
+MASKS: tuple[Method, ...] = get_args(Mask)
+GRAMIAN_RULES: tuple[Method, ...] = get_args(GramianRule)
+# Those whose searches and runs are kept in docs/results/synthetic/.
+SEARCHED_METHODS: tuple[Method, ...] = (
+    *OBJECTIVES,
     "and_mask",
     "geometric_mean",
     "sand_mask",
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-# These turn the gradients of environments into one; the others are losses of their own.
-AGGREGATORS: tuple[Method, ...] = ("and_mask", "geometric_mean", "sand_mask")
+)
 # These add a penalty to the mean loss.
 PENALIZED: tuple[Method, ...] = ("irm", "vrex")
 
@@ -51,6 +71,9 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["step", "cosine", "constant"]
 Oracle = Literal["fused", "scan", "vmap"]
+# What the AND-mask acts on.
+Placement = Literal["gradients", "moments", "update"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 Value = TypeVar("Value")
 # A setting that is no flag of the command.
@@ -111,6 +134,14 @@ class Settings:
     """dann: scale of the reversed gradient from the domain discriminator."""
     dro_step_size: float = 0.01
     """group_dro: how fast the weights of environments follow their losses."""
+    cagrad_c: float = 0.5
+    """cagrad: radius around the mean gradient, relative to its norm; 0 is the mean."""
+    fairgrad_alpha: float = 2.0
+    """fairgrad: degree of fairness; 1 is nash_mtl."""
+    grad_vac_beta: float = 0.01
+    """grad_vac: share of a new cosine in the average that is its goal."""
+    max_norm: float = 1.0
+    """clip_env_norms: length that no gradient of an environment exceeds."""
     l2: float = 1e-7
     """L2 decay added to the aggregated gradient, before the optimizer's moments."""
     l1: float = 0.0
@@ -140,7 +171,14 @@ class Settings:
             "microbatch_size",
             "checkpoint_every",
         )
-        require_positive(self, "revolutions", "learning_rate", "sharpness")
+        require_positive(
+            self,
+            "revolutions",
+            "learning_rate",
+            "sharpness",
+            "fairgrad_alpha",
+            "max_norm",
+        )
         require_non_negative(
             self,
             "shortcut_std",
@@ -152,9 +190,10 @@ class Settings:
             "penalty_annealing",
             "reversal_scale",
             "dro_step_size",
+            "cagrad_c",
         )
         require_decay(self, "b1", "b2", "dropout")
-        require_share(self, "threshold")
+        require_share(self, "threshold", "grad_vac_beta")
         require_max_rescale(self)
         if self.batch_norm and self.oracle == "scan":
             raise ValueError(
@@ -186,15 +225,28 @@ class TrainConfig(Settings):
     """One method, one seed."""
 
     method: Method = "and_mask"
-    """erm averages the losses; irm, vrex, group_dro and dann change the objective;
-    and_mask, geometric_mean and sand_mask aggregate the environments' gradients."""
+    """erm averages the losses; irm, vrex, group_dro and dann change the objective; the
+    others are the library's rules, which aggregate the environments' gradients."""
+    placement: Placement = "gradients"
+    """What and_mask acts on, and whose signs have to agree: gradients (those, before
+    adam's moments), moments (first moments, one for each environment: as many copies of
+    the parameters), update (what adam makes of the mean; signs are of gradients)."""
     seed: int = 0
     """Seed of the data, the initial weights and the order of examples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_kinds(self, method=Method)
-        _require_mask_opens(self.method, self.threshold)
+        _require_suited(self, [self.method], [self.threshold])
+        require_kinds(self, placement=Placement)
+        fine = self.placement == "gradients" or (
+            self.method == "and_mask" and self.optimizer == "adam" and not self.rescale
+        )
+        rule = "gradients for all but and_mask with adam and without rescale"
+        require("placement", self.placement, fine, rule)
+        fine = self.oracle == "vmap" or self.placement != "moments"
+        rule = "vmap for placement=moments, which looks at every gradient"
+        require("oracle", self.oracle, fine, rule)
         require_seeds(self, "seed")
 
 
@@ -211,8 +263,7 @@ class CompareConfig(Settings):
         super().__post_init__()
         require_kinds(self, methods=Method)
         require_distinct(self, "methods", "methods")
-        for method in self.methods:
-            _require_mask_opens(method, self.threshold)
+        _require_suited(self, self.methods, [self.threshold])
         require_seeds(self, "seed")
 
     def train_config(self, method: Method) -> TrainConfig:
@@ -232,7 +283,7 @@ class RerunConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_kinds(self, method=Method)
-        _require_mask_opens(self.method, self.threshold)
+        _require_suited(self, [self.method], [self.threshold])
         require_seeds(self, "seeds")
 
     def train_configs(self) -> list[TrainConfig]:
@@ -271,6 +322,10 @@ class SearchConfig(Settings):
     penalty_annealing: Hidden[int] = 4
     reversal_scale: Hidden[float] = 1.0
     dro_step_size: Hidden[float] = 0.01
+    cagrad_c: Hidden[float] = 0.5
+    fairgrad_alpha: Hidden[float] = 2.0
+    grad_vac_beta: Hidden[float] = 0.01
+    max_norm: Hidden[float] = 1.0
     l2: Hidden[float] = 0.0
     l1: Hidden[float] = 0.0
     weight_decay: Hidden[float] = 0.0
@@ -335,7 +390,7 @@ class SearchConfig(Settings):
 class SelectedConfig:
     """Several methods with chosen settings, on seeds that nothing was chosen on."""
 
-    methods: tuple[Method, ...] = METHODS
+    methods: tuple[Method, ...] = SEARCHED_METHODS
     """The methods, in the order of the figure."""
     selected: str | None = "docs/results/synthetic/selected"
     """Directory with METHOD.json, the selected.json of each method's search; None: all
@@ -399,9 +454,7 @@ class EnvsConfig(Settings):
         rule = f"between 1 and {most}"
         require_each(self, ["envs"], lambda value: 1 <= value <= most, rule)
         require_share(self, "thresholds")
-        for method in self.methods:
-            for threshold in self.thresholds:
-                _require_mask_opens(method, threshold)
+        _require_suited(self, self.methods, self.thresholds)
         some = len(self.thresholds) > 0
         require("thresholds", self.thresholds, some, "at least one")
         require_at_least(self, 1, "steps")
@@ -419,7 +472,7 @@ class EnvsConfig(Settings):
         ]
 
     def _thresholds(self, method: Method) -> tuple[float, ...]:
-        if method in AGGREGATORS:
+        if method in MASKS:
             return self.thresholds
         return (self.threshold,)
 
@@ -438,6 +491,55 @@ class EnvsConfig(Settings):
             "checkpoint_every": max(self.checkpoint_every, epochs // 30),
         }
         return TrainConfig(**settings, method=method, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacementConfig(Settings):
+    """The AND-mask on gradients, on moments, on updates, with each of some settings."""
+
+    # One way for all, so that sums are rounded alike; Adam without rescaling is what
+    # there are placements for.
+    oracle: Hidden[Oracle] = "vmap"
+    optimizer: Hidden[Optimizer] = "adam"
+    rescale: Hidden[bool] = False
+    max_rescale: Hidden[float | None] = None
+    # These are drawn from the settings below.
+    threshold: Hidden[float] = 1.0
+    weight_decay: Hidden[float] = 0.0
+
+    placements: tuple[Placement, ...] = PLACEMENTS
+    """What the mask acts on, as for train."""
+    thresholds: tuple[float, ...] = (1.0, 0.8)
+    """Thresholds of the mask."""
+    weight_decays: tuple[float, ...] = (0.0, 0.3)
+    """Decoupled weight decays, past the mask at every placement."""
+    seeds: tuple[int, int] = (0, 2)
+    """First and last seed, both included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_kinds(self, placements=Placement)
+        require_distinct(self, "placements", "placements")
+        require_distinct(self, "numbers", "thresholds", "weight_decays")
+        require_share(self, "thresholds")
+        require_non_negative(self, "weight_decays")
+        require_seeds(self, "seeds")
+
+    def train_configs(self) -> list[TrainConfig]:
+        """The config of every run."""
+        first, last = self.seeds
+        shared = shared_settings(self)
+        return [
+            TrainConfig(
+                **{**shared, "threshold": threshold, "weight_decay": decay},
+                placement=placement,
+                seed=seed,
+            )
+            for placement in self.placements
+            for threshold in self.thresholds
+            for decay in self.weight_decays
+            for seed in range(first, last + 1)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -486,8 +588,7 @@ class ConsistencyConfig(Settings):
         super().__post_init__()
         require_kinds(self, methods=Method)
         require_distinct(self, "methods", "methods")
-        for method in self.methods:
-            _require_mask_opens(method, self.threshold)
+        _require_suited(self, self.methods, [self.threshold])
         require_seeds(self, "seeds", "search_seed")
         require_positive(self, "epsilon")
         require_ascending(self, "distances")
@@ -510,10 +611,17 @@ class ConsistencyConfig(Settings):
         ]
 
 
-def _require_mask_opens(method: Method, threshold: float) -> None:
-    if method == "sand_mask":
+def _require_suited(
+    config: Settings, methods: Sequence[Method], thresholds: Sequence[float]
+) -> None:
+    if "sand_mask" in methods:
         rule = "below 1 for sand_mask, whose mask is 0 at an agreement of the threshold"
-        require("threshold", threshold, threshold < 1, rule)
+        for threshold in thresholds:
+            require("threshold", threshold, threshold < 1, rule)
+    for method in methods:
+        fine = config.oracle != "scan" or method not in GRAMIAN_RULES
+        rule = f"fused or vmap for {method}, which needs inner products of gradients"
+        require("oracle", config.oracle, fine, rule)
 
 
 def shared_settings(config: Settings) -> dict[str, Any]:
@@ -582,6 +690,13 @@ CONSISTENCY_PRESETS: dict[Preset, ConsistencyConfig] = {
     ),
     "cpu": ConsistencyConfig(),
     "paper": ConsistencyConfig(**PRESETS["paper"], seeds=(0, 4), num_pairs=16),
+}
+PLACEMENT_PRESETS: dict[Preset, PlacementConfig] = {
+    "smoke": PlacementConfig(
+        **PRESETS["smoke"], thresholds=(0.5,), weight_decays=(0.0,), seeds=(0, 1)
+    ),
+    "cpu": PlacementConfig(),
+    "paper": PlacementConfig(**PRESETS["paper"]),
 }
 ENVS_PRESETS: dict[Preset, EnvsConfig] = {
     "smoke": EnvsConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
-from experiments.synthetic.config import AGGREGATORS, Method
+from experiments.synthetic.config import MASKS, Method
 
 # Settings of a trial that its draws do not name.
 NEUTRAL: dict[str, Any] = {"l1": 0.0, "l2": 0.0, "weight_decay": 0.0, "dropout": 0.0}
@@ -45,6 +45,10 @@ class Space:
     penalty_annealing: tuple[int, ...] = (0, 1, 2, 4, 8)
     reversal_scale: tuple[float, ...] = (0.1, 1.0, 10.0)
     dro_step_size: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    cagrad_c: tuple[float, ...] = (0.1, 0.3, 0.5, 0.8)
+    fairgrad_alpha: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0)
+    grad_vac_beta: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    max_norm: tuple[float, ...] = (1e-2, 1e-1, 1.0, 10.0)
 
 
 # `paper` has the values of its tables and, where they say nothing, ours. `wide` adds
@@ -89,6 +93,10 @@ RECIPE: dict[str, Any] = {
     "penalty_annealing": 4,
     "reversal_scale": 1.0,
     "dro_step_size": 1e-2,
+    "cagrad_c": 0.5,
+    "fairgrad_alpha": 2.0,
+    "grad_vac_beta": 1e-2,
+    "max_norm": 1.0,
 }
 
 
@@ -114,7 +122,7 @@ def suggest(trial: Trial, method: Method, space: Space) -> dict[str, Any]:
         decay = draw("decay", ("none", "l1", "l2"))
         if decay != "none":
             draw_settings(decay)
-    if method in AGGREGATORS:
+    if method in MASKS:
         # At 1 nothing passes the smooth mask.
         smooth = method == "sand_mask"
         thresholds = tuple(t for t in space.threshold if t < 1 or not smooth)
@@ -130,6 +138,10 @@ EXTRA: dict[Method, tuple[str, ...]] = {
     "vrex": ("penalty_weight", "penalty_annealing"),
     "dann": ("reversal_scale",),
     "group_dro": ("dro_step_size",),
+    "cagrad": ("cagrad_c",),
+    "fairgrad": ("fairgrad_alpha",),
+    "grad_vac": ("grad_vac_beta",),
+    "clip_env_norms": ("max_norm",),
 }
 
 

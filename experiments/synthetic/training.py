@@ -15,7 +15,8 @@ import hardvary
 from experiments.common.networks import BatchStats, Params, Variables
 from experiments.common.run_dir import RunDir
 from experiments.common.training import run_epochs
-from experiments.synthetic.config import AGGREGATORS, Settings, TrainConfig
+from experiments.synthetic.aggregators import AGGREGATE
+from experiments.synthetic.config import Settings, TrainConfig
 from experiments.synthetic.data import MECHANISM_DIMS, Dataset, Split, make_dataset
 from experiments.synthetic.model import (
     ENV_AXIS,
@@ -25,6 +26,7 @@ from experiments.synthetic.model import (
     make_apply,
     make_train_apply,
 )
+from experiments.synthetic.placement import mask_update, per_env
 
 METRICS = (
     "loss",
@@ -84,6 +86,7 @@ class Keys(NamedTuple):
     model: jax.Array
     batches: jax.Array
     dropout: jax.Array
+    draws: jax.Array
 
 
 class Trainer(NamedTuple):
@@ -98,9 +101,9 @@ class Trainer(NamedTuple):
 
 
 def make_keys(seed: int) -> Keys:
-    """Independent keys for data, initial weights, batches and dropout."""
+    """Independent keys for data, initial weights, batches, dropout and random rules."""
     key = jax.random.key(seed)
-    return Keys(*(jax.random.fold_in(key, purpose) for purpose in range(4)))
+    return Keys(*(jax.random.fold_in(key, purpose) for purpose in range(5)))
 
 
 def dataset_for(config: Settings, seed: int) -> Dataset:
@@ -143,39 +146,34 @@ def make_schedule(config: Settings) -> optax.Schedule:
     return optax.piecewise_constant_schedule(config.learning_rate, drops)
 
 
-def make_aggregator(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """The step from per-environment gradients to one."""
-    if config.method == "sand_mask":
-        return hardvary.sand_mask(
-            config.threshold,
-            config.sharpness,
-            rescale=config.rescale,
-            max_rescale=config.max_rescale,
-        )
-    aggregators = {
-        "and_mask": hardvary.and_mask,
-        "geometric_mean": hardvary.geometric_mean,
-    }
-    return aggregators[config.method](
-        threshold=config.threshold,
-        rescale=config.rescale,
-        max_rescale=config.max_rescale,
-    )
+def make_optimizer(
+    config: TrainConfig, key: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """Aggregator if any, then decay, moments and learning rate.
 
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """Aggregator if any, then decay, moments and learning rate."""
-    parts: list[optax.GradientTransformation] = []
-    if config.method in AGGREGATORS:
-        parts.append(make_aggregator(config))
+    Args:
+      config: what to train.
+      key: what a rule that is random draws from.
+    """
+    aggregate: list[optax.GradientTransformation] = []
+    if config.method in AGGREGATE:
+        aggregate.append(AGGREGATE[config.method].make(config, key))
+    decay: list[optax.GradientTransformation] = []
     if config.l2:
-        parts.append(optax.add_decayed_weights(config.l2))
+        decay.append(optax.add_decayed_weights(config.l2))
     if config.l1:
-        parts.append(hardvary.add_l1_decay(config.l1))
+        decay.append(hardvary.add_l1_decay(config.l1))
     if config.optimizer == "adam":
-        parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+        moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
     else:
-        parts.append(optax.trace(decay=0.9))
+        moments = optax.trace(decay=0.9)
+    parts = [*aggregate, *decay, moments]
+    if config.placement == "moments":
+        first = per_env(optax.ema(config.b1), config.num_envs)
+        second = optax.scale_by_adam(0.0, config.b2, config.eps)
+        parts = [first, *aggregate, *decay, second]
+    elif config.placement == "update":
+        parts = [mask_update(optax.chain(*decay, moments), config.threshold)]
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay))
     parts.append(optax.scale_by_learning_rate(make_schedule(config)))
@@ -232,31 +230,57 @@ def _penalized(
     return (loss + penalty_weight * penalty) / jnp.maximum(penalty_weight, 1.0)
 
 
-def make_gradients(config: TrainConfig) -> Gradients:
-    """The gradient of a step: of each environment for aggregators, else of the sum."""
-    env_loss = make_env_loss(config)
-    if config.method in AGGREGATORS:
-        extra = {"geometric_mean": ("log_abs",), "sand_mask": ("square",)}
-        oracle = hardvary.value_and_grad_stats(
+def make_oracle(
+    config: TrainConfig, env_loss: Callable[..., tuple[jax.Array, Aux]]
+) -> Callable[..., Any]:
+    """What an aggregator reads, in the form that its rule and `config.oracle` ask for.
+
+    Returns:
+      A function with the arguments of `env_loss` that returns `((losses, aux),
+      gradients)`, losses and aux with a leading axis [env].
+    """
+    stats = AGGREGATE[config.method].stats
+    axis = ENV_AXIS if config.batch_norm else None
+    in_axes = {"batch_stats": None, "penalty_weight": None}
+    if stats and config.placement != "moments":
+        return hardvary.value_and_grad_stats(
             env_loss,
-            stats=("mean", "sign", *extra.get(config.method, ())),
+            stats=stats,
             method=config.oracle,
             microbatch_size=config.microbatch_size if config.oracle == "scan" else None,
             has_aux=True,
-            in_axes={"batch_stats": None, "penalty_weight": None},
-            env_axis_name=ENV_AXIS if config.batch_norm else None,
+            in_axes=in_axes,
+            env_axis_name=axis,
         )
+    if config.oracle == "fused":
+        return hardvary.value_and_env_grads(
+            env_loss, has_aux=True, in_axes=in_axes, env_axis_name=axis
+        )
+
+    def stacked(params: Params, batch: EnvBatch, **shared: Any) -> Any:
+        loss_fn = functools.partial(env_loss, **shared)
+        with_grads = jax.value_and_grad(loss_fn, has_aux=True)
+        return jax.vmap(with_grads, (None, 0), axis_name=ENV_AXIS)(params, batch)
+
+    return stacked
+
+
+def make_gradients(config: TrainConfig) -> Gradients:
+    """The gradient of a step: of each environment for aggregators, else of the sum."""
+    env_loss = make_env_loss(config)
+    if config.method in AGGREGATE:
+        oracle = make_oracle(config, env_loss)
 
         def aggregated(
             state: State, batch: EnvBatch, penalty_weight: jax.Array
         ) -> tuple[Any, Aux, jax.Array]:
-            (_, aux), stats = oracle(
+            (_, aux), grads = oracle(
                 state.variables.params,
                 batch,
                 batch_stats=state.variables.batch_stats,
                 penalty_weight=penalty_weight,
             )
-            return stats, aux, state.log_weights
+            return grads, aux, state.log_weights
 
         return aggregated
 
@@ -298,7 +322,6 @@ def make_trainer(config: TrainConfig) -> Trainer:
 @functools.lru_cache(maxsize=16)
 def _make_trainer(config: TrainConfig) -> Trainer:
     apply = apply_for(config)
-    optimizer = make_optimizer(config)
     schedule = make_schedule(config)
     gradients = make_gradients(config)
     envs = jnp.arange(config.num_envs)
@@ -313,12 +336,15 @@ def _make_trainer(config: TrainConfig) -> Trainer:
     def init(keys: Keys) -> State:
         variables = init_variables(keys.model, architecture_for(config))
         log_weights = jnp.zeros(config.num_envs)
+        optimizer = make_optimizer(config, keys.draws)
         return State(variables, optimizer.init(variables.params), log_weights)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def epoch(
         state: State, dataset: Dataset, keys: Keys, index: int
     ) -> tuple[State, dict[str, Any]]:
+        optimizer = make_optimizer(config, keys.draws)
+
         def step(
             state: State, inputs: tuple[jax.Array, jax.Array]
         ) -> tuple[State, tuple[jax.Array, ...]]:

@@ -51,6 +51,10 @@ INVALID = [
     ("penalty_annealing", -1, "non-negative and finite"),
     ("reversal_scale", math.inf, "non-negative and finite"),
     ("dro_step_size", math.nan, "non-negative and finite"),
+    ("cagrad_c", -0.1, "non-negative and finite"),
+    ("fairgrad_alpha", 0.0, "positive and finite"),
+    ("grad_vac_beta", 1.5, "in [0, 1]"),
+    ("max_norm", math.nan, "positive and finite"),
     ("seed", -1, "between 0 and 2**32 - 1"),
     ("seed", 2**32, "between 0 and 2**32 - 1"),
 ]
@@ -79,6 +83,18 @@ def test_configs_with_a_mask_that_never_opens_are_refused():
         with pytest.raises(ValueError, match=refusal):
             make()
     assert TrainConfig(method="sand_mask", threshold=0.9).threshold == 0.9
+
+
+def test_configs_with_a_scan_that_gives_no_inner_products_are_refused():
+    refusal = "oracle must be fused or vmap for upgrad, .*inner products.*got 'scan'"
+    for make in (
+        lambda: TrainConfig(method="upgrad", oracle="scan"),
+        lambda: RerunConfig(method="upgrad", oracle="scan"),
+        lambda: CompareConfig(methods=("erm", "upgrad"), oracle="scan"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            make()
+    assert TrainConfig(method="majority_sign", oracle="scan").oracle == "scan"
 
 
 def test_train_config_batch_norm_needs_all_environments_at_once():

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from experiments.common.plots import METHOD_COLORS, METHOD_LABELS
 from experiments.synthetic import figures
-from experiments.synthetic.config import PRESETS, TrainConfig
+from experiments.synthetic.config import METHODS, PRESETS, TrainConfig
 from experiments.synthetic.figures import (
     EXTENT,
     Trained,
@@ -88,3 +89,9 @@ def test_draw_shows_every_method_with_its_accuracy(methods):
     # Nothing touches the border, so nothing is cut off.
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert (border == 1).all()
+
+
+def test_every_method_has_a_label_and_a_colour_of_its_own():
+    for table in (METHOD_LABELS, METHOD_COLORS):
+        assert table.keys() >= set(METHODS)
+        assert len(set(table.values())) == len(table)

@@ -10,9 +10,9 @@ import pytest
 from experiments.common.figures import read_table
 from experiments.synthetic.commands import DRAWINGS, selected_settings
 from experiments.synthetic.config import (
-    AGGREGATORS,
-    METHODS,
+    OBJECTIVES,
     RULES,
+    SEARCHED_METHODS,
     SelectedConfig,
     TrainConfig,
 )
@@ -20,7 +20,6 @@ from experiments.synthetic.search import select
 from tests.experiments.conftest import ROOT
 
 RESULTS = ROOT / "docs" / "results" / "synthetic"
-BASELINES = [method for method in METHODS if method not in AGGREGATORS]
 
 
 def seeds(name):
@@ -31,7 +30,7 @@ def mean(rows, name):
     return statistics.fmean(row[name] for row in rows)
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", OBJECTIVES)
 def test_figure_6_baselines_memorise(method):
     rows = [r for r in read_table(RESULTS / "figure6.csv") if r["method"] == method]
     assert all(row["run"] == "" for row in rows)
@@ -77,7 +76,7 @@ def test_committed_tables_draw_their_figures(name, tmp_path):
     DRAWINGS[name](read_table(RESULTS / f"{name}.csv")).savefig(tmp_path / "f.png")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEARCHED_METHODS)
 def test_committed_choices_follow_from_the_committed_trials(method):
     searches = json.loads((RESULTS / "searches.json").read_text())
     summary = searches[method]["summary"]
@@ -105,3 +104,52 @@ def _parse(text):
 def test_committed_results_are_small():
     for path in pathlib.Path(RESULTS).rglob("*"):
         assert path.stat().st_size < 1_000_000, path
+
+
+@pytest.fixture(scope="module")
+def placed():
+    """Test accuracies by L2, decoupled decay, threshold and placement, a seed each."""
+    runs = {}
+    for l2, name in ((1e-7, "placement"), (0.0, "placement_no_l2")):
+        made = json.loads((RESULTS / f"{name}.json").read_text())
+        assert made["config"]["l2"] == l2
+        for row in read_table(RESULTS / f"{name}.csv"):
+            key = (l2, row["weight_decay"], row["threshold"], row["placement"])
+            runs.setdefault(key, []).append(row["test_accuracy"])
+    assert {len(accuracies) for accuracies in runs.values()} == {3}
+    return runs
+
+
+def differences(placed, placement, l2):
+    """Mean difference to `gradients` over seeds, and half of its 95 % interval."""
+    pairs = zip(
+        placed[l2, 0.0, 0.8, placement], placed[l2, 0.0, 0.8, "gradients"], strict=True
+    )
+    values = [100 * (own - other) for own, other in pairs]
+    student = 4.3027  # its 97.5 % quantile at two degrees of freedom
+    half = student * statistics.stdev(values) / len(values) ** 0.5
+    return [round(statistics.fmean(values), 1), round(half, 1)]
+
+
+def test_placement_last_fails_and_without_l2_all_do(placed):
+    assert differences(placed, "moments", 1e-7) == [0.5, 2.1]
+    assert differences(placed, "update", 1e-7) == [-47.7, 3.0]
+    assert differences(placed, "moments", 0.0) == [0.3, 3.6]
+    assert differences(placed, "update", 0.0) == [-0.1, 3.1]
+    for (l2, _, threshold, placement), accuracies in placed.items():
+        if threshold == 1 or l2 == 0 or placement == "update":
+            assert max(accuracies) < 0.67
+    for placement in ("gradients", "moments"):
+        assert min(placed[1e-7, 0.0, 0.8, placement]) >= 0.98
+
+
+def test_placement_on_moments_lets_more_through_and_fits_better():
+    runs = {
+        (row["placement"], row["seed"]): row
+        for row in read_table(RESULTS / "placement.csv")
+        if (row["threshold"], row["weight_decay"]) == (0.8, 0)
+    }
+    for seed in range(3):
+        moments, gradients = runs["moments", seed], runs["gradients", seed]
+        assert moments["kept_fraction"] > 0.15 > 0.05 > gradients["kept_fraction"]
+        assert moments["loss"] < gradients["loss"]

@@ -11,7 +11,7 @@ import pytest
 from experiments.common.cli import main
 from experiments.synthetic.__main__ import COMMANDS
 from experiments.synthetic.config import (
-    AGGREGATORS,
+    MASKS,
     METHODS,
     PRESETS,
     RULES,
@@ -79,16 +79,36 @@ def test_suggest_every_draw_is_a_valid_config(method, space):
         assert built.num_envs == config.num_envs
 
 
-def test_suggest_paper_space_has_the_ranges_of_tables_1_and_2():
-    def ranges(method):
-        """All choices that any draw offers."""
-        found = {}
-        for seed in range(20):
-            trial = RandomTrial(seed)
-            suggest(trial, method, SPACES["paper"])
-            found |= trial.choices
-        return found
+def ranges(method):
+    """All choices that any draw from the space of the paper offers."""
+    found = {}
+    for seed in range(20):
+        trial = RandomTrial(seed)
+        suggest(trial, method, SPACES["paper"])
+        found |= trial.choices
+    return found
 
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("soft_and_mask", {"threshold", "rescale"}),
+        ("sand_mask", {"threshold", "rescale", "sharpness"}),
+        ("cagrad", {"cagrad_c"}),
+        ("fairgrad", {"fairgrad_alpha"}),
+        ("grad_vac", {"grad_vac_beta"}),
+        ("clip_env_norms", {"max_norm"}),
+        ("majority_sign", set()),
+        ("mgda", set()),
+    ],
+)
+def test_suggest_draws_for_a_rule_what_erm_has_and_its_own_settings(method, own):
+    shared, drawn = ranges("erm"), ranges(method)
+    assert drawn.keys() - shared.keys() == own
+    assert {name: drawn[name] for name in shared} == shared
+
+
+def test_suggest_paper_space_has_the_ranges_of_tables_1_and_2():
     table_1 = {
         "hidden_units": (256, 512),
         "hidden_layers": (3, 5),
@@ -124,7 +144,7 @@ def test_recipe_draws_are_the_first_trial_where_the_space_has_them(method, tmp_p
     settings = suggest(trial, method, SPACES["wide"])
     expected = {"learning_rate": 1e-2, "b2": 0.9, "eps": 1e-15, "batch_size": 128}
     assert settings.items() >= expected.items()
-    if method in AGGREGATORS:
+    if method in MASKS:
         assert settings["threshold"] == (0.8 if method == "sand_mask" else 1.0)
     config = dataclasses.replace(SEARCH_PRESETS["cpu"], method=method)
     study = study_of(config, tmp_path, None)
