@@ -54,7 +54,9 @@ FIGURE = "gramian.png"
 GROWTH = "gramian_growth.csv"
 GROWTH_FIGURE = "gramian_growth.png"
 
-JaxContestant = Literal["plain", "upgrad", "stacked", "clip", "stacked_clip"]
+JaxContestant = Literal[
+    "plain", "upgrad", "stacked", "clip", "stacked_clip", "whitened"
+]
 CONTESTANTS: tuple[JaxContestant, ...] = get_args(JaxContestant)
 STACKED: tuple[JaxContestant, ...] = ("stacked", "stacked_clip")
 GROWING: tuple[JaxContestant, ...] = ("plain", "upgrad", "stacked")
@@ -65,6 +67,7 @@ LABELS: dict[str, str] = {
     "stacked": "hardvary, stacked gradients, UPGrad",
     "clip": "hardvary, fused clipping",
     "stacked_clip": "hardvary, stacked gradients, clipping",
+    "whitened": "hardvary, fused, whitened spectral AND-mask",
     "jax_privacy": "JAX Privacy, clipping",
     "torch_plain": "PyTorch, mean gradient",
     "torch_autogram": "PyTorch, TorchJD autogram, UPGrad",
@@ -77,12 +80,15 @@ COLORS: dict[str, str] = {
     "stacked": plots.SKY_BLUE,
     "clip": plots.GREEN,
     "stacked_clip": "#8CD3BC",
+    "whitened": "#5E3C99",
     "jax_privacy": "#8C6D31",
     "torch_plain": "0.6",
     "torch_autogram": plots.VERMILION,
     "torch_autojac": plots.ORANGE,
     "torch_ghost": plots.PINK,
 }
+# Steps from one refresh of what whitens inputs to the next, the library's default.
+REFRESH_EVERY = 20
 TORCH_WAYS = ("plain", "autogram", "autojac", "ghost")
 
 # The updates of each must be the same, whoever makes them.
@@ -90,6 +96,7 @@ ALIKE: tuple[tuple[str, ...], ...] = (
     ("plain", "torch_plain"),
     ("upgrad", "stacked", "torch_autogram", "torch_autojac"),
     ("clip", "stacked_clip", "jax_privacy", "torch_ghost"),
+    ("whitened",),
 )
 # Measured steps leave the parameters where they are; the checked one has to move them.
 CHECK_RATE = 0.2
@@ -168,11 +175,12 @@ def run_gramian(invocation: Invocation[GramianConfig, GramianOptions]) -> None:
     """Times training steps that weight environments, by inner products or norms.
 
     A step is everything from a batch to updated parameters, with SGD: a plain one; one
-    with UPGrad, which takes its weights from all inner products; and one that clips
-    every environment's gradient at the median of their norms. Each is taken by the
-    fused oracle and from stacked gradients; with --torch-python beside TorchJD and
-    Opacus, with --privacy-python beside JAX Privacy. Losses and updates of the first
-    step are compared.
+    with UPGrad, which takes its weights from all inner products; one that clips every
+    environment's gradient at the median of their norms; and one with the spectral
+    AND-mask on whitened inputs. The former two are taken by the fused oracle and from
+    stacked gradients; with --torch-python beside TorchJD and Opacus, with
+    --privacy-python beside JAX Privacy. Losses and updates of the first step are
+    compared.
     """
     config, options = invocation.config, invocation.options
     experiment, name = "benchmark gramian", f"gramian-{options.preset}"
@@ -215,7 +223,8 @@ def _run(run: RunDir, config: GramianConfig, options: GramianOptions) -> None:
             )
             checks = {way: check(step) for way, step in compiled.items()}
             contestants: dict[str, ways.Contestant] = {
-                way: step.run for way, step in compiled.items()
+                way: whole_cycles(step) if way == "whitened" else step.run
+                for way, step in compiled.items()
             }
             for way, ask in peers.asks.items():
                 answer = ask({"check": CHECK_RATE})
@@ -259,6 +268,15 @@ def _run(run: RunDir, config: GramianConfig, options: GramianOptions) -> None:
     )
 
 
+def whole_cycles(step: CompiledStep) -> ways.Contestant:
+    """Steps in numbers of which each has its share of the refreshes."""
+
+    def run(num_steps: int) -> Mapping[str, Any]:
+        return step.run(-(-num_steps // REFRESH_EVERY) * REFRESH_EVERY)
+
+    return run
+
+
 def median_norm(workload: Workload) -> float:
     """The norm at which half of the environments are clipped."""
 
@@ -292,6 +310,9 @@ def make_step(
         "stacked": hardvary.upgrad,
         "clip": functools.partial(hardvary.clip_env_norms, max_norm),
         "stacked_clip": functools.partial(hardvary.clip_env_norms, max_norm),
+        "whitened": lambda: hardvary.whiten_inputs(
+            hardvary.spectral_and_mask(), every=REFRESH_EVERY
+        ),
     }
     return finish_step(gradients, aggregators[contestant](), workload)
 
@@ -311,11 +332,12 @@ def finish_step(
       arguments of the first call. The learning rate is a part of the state: `check`
       takes another one.
     """
+    aggregator = optax.with_extra_args_support(aggregator)
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         inner, rate = state
         loss, grads = gradients(params, batch)
-        updates, inner = aggregator.update(grads, inner, params)
+        updates, inner = aggregator.update(grads, inner, params, env_losses=loss)
         params = optax.apply_updates(params, optax.tree.scale(-rate, updates))
         return params, (inner, rate), jnp.mean(loss)
 

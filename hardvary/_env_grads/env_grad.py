@@ -131,7 +131,7 @@ class Answers:
         return self._once("input_moment", compute)
 
     def whitened(self, root: jax.Array) -> "Answers":
-        """Of the same gradients times `root: [input, input]`."""
+        """Of the transpose of `root: [input, input]` times the same gradients."""
         source = self._source.whitened(root)
         return Answers(source, self._weights, self._local_total, self.axis_name)
 
@@ -305,7 +305,7 @@ class EnvGrad(NoArray):
         return self._answers.input_moment()
 
     def _whitened(self, root: jax.Array) -> "EnvGrad":
-        """The gradients times a symmetric `root: [input, input]`."""
+        """The transpose of `root: [input, input]` times the gradients."""
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return EnvGrad(self._answers.whitened(root), self._index, like)
 

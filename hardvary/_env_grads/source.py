@@ -64,8 +64,8 @@ class Source(abc.ABC):
         """
         raise NotImplementedError
 
-    def whitened(self, root: jax.Array) -> "Source":
-        """`root: [input, input]`, symmetric, times these gradients."""
+    def whitened(self, root: jax.Array | None) -> "Source":
+        """The transpose of `root: [input, input]` times these gradients."""
         raise NotImplementedError
 
     def times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:

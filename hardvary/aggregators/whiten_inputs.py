@@ -24,7 +24,7 @@ class Whitening(NamedTuple):
     Attributes:
       moment: `[input, input]`, average of the second moment, without its correction for
         the start at 0.
-      root: `[input, input]`, symmetric, inverse root of the damped moment.
+      root: `[input, input]`, R with `R R^T` the inverse of the damped moment.
     """
 
     moment: jax.Array
@@ -55,16 +55,16 @@ def whiten_inputs(
     aggregator: optax.GradientTransformationExtraArgs,
     *,
     damping: ArrayLike = 1e-3,
-    decay: ArrayLike = 0.95,
-    every: int = 10,
+    decay: ArrayLike = 0.9,
+    every: int = 20,
     max_inputs: int = 1024,
     inputs_of: InputsOf = all_axes_but_the_last,
 ) -> optax.GradientTransformationExtraArgs:
     r"""An aggregator that works on gradients for whitened inputs, layer by layer.
 
     .. math::
-      u = S \, a(S g_1, \dots, S g_E), \qquad
-      S = \Big(A + \delta \, \frac{\operatorname{tr} A}{d} I\Big)^{-1/2}, \qquad
+      u = R \, a(R^\top g_1, \dots, R^\top g_E), \qquad
+      R R^\top = \Big(A + \delta \, \frac{\operatorname{tr} A}{d} I\Big)^{-1}, \qquad
       A = \mathbb{E}[x x^\top]
 
     for the weights :math:`[d, out]` of a layer with inputs x (patches, of a
@@ -80,12 +80,12 @@ def whiten_inputs(
 
     Args:
       aggregator: any transformation of this library that takes `EnvGrad`.
-      damping: :math:`\delta` >= 0, relative to the mean eigenvalue of A. Without it
-        directions that no input has are left alone.
+      damping: :math:`\delta` >= 0, relative to the mean eigenvalue of A. With 0, for
+        full batches, steps are as large along inputs that hardly vary as elsewhere.
       decay: in [0, 1), of the average of A over time, each time that it is refreshed;
         corrected for its start at 0.
-      every: updates from one refresh of A and S to the next; the first is one. Costs a
-        product rows x input x input and the eigenvectors of A.
+      every: updates from one refresh of A and R to the next; the first is one. Costs a
+        product rows x input x input and a Cholesky factor of A.
       max_inputs: layers with more inputs go without; the state of a layer is two
         matrices `[input, input]`.
       inputs_of: from a parameter to the number of inputs that its layer has, None for
@@ -115,7 +115,7 @@ def whiten_inputs(
     Example:
       >>> import jax, jax.numpy as jnp, optax, hardvary
       >>> loss = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
-      >>> x = jnp.array([[[100.0, 0.0]], [[0.0, 0.1]]])  # [env, example, feature]
+      >>> x = jnp.array([[[10.0, 0.0]], [[0.0, 0.5]]])  # [env, example, feature]
       >>> y = jnp.array([[[1.0]], [[1.0]]])
       >>> rule = hardvary.whiten_inputs(hardvary.upgrad(), damping=0.0)
       >>> tx = optax.chain(rule, optax.sgd(0.5))
@@ -126,8 +126,8 @@ def whiten_inputs(
       ...     return optax.apply_updates(w, updates), losses
       >>> w = jnp.zeros((2, 1))
       >>> w, losses = step(w, tx.init(w))
-      >>> [round(v, 4) for v in w[:, 0].tolist()]
-      [0.01, 10.0]
+      >>> [round(v, 3) for v in w[:, 0].tolist()]
+      [0.1, 1.999]
 
     References:
       Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored
@@ -167,7 +167,7 @@ def whiten_inputs(
         average = rate * layer.moment + (1 - rate) * moment
         share = 1 - rate ** (count // every + 1).astype(moment.dtype)
         root = inverse_root(average / share, damping)
-        known = jnp.all(jnp.isfinite(average))
+        known = jnp.all(jnp.isfinite(average)) & jnp.all(jnp.isfinite(root))
         return Whitening(
             jnp.where(known, average, layer.moment),
             jnp.where(known, root, layer.root),
@@ -228,19 +228,20 @@ def whiten_inputs(
 
 
 def inverse_root(moment: jax.Array, damping: Any) -> jax.Array:
-    """`(A + damping tr(A)/d I)^(-1/2)`, 0 along what has no size."""
-    size, eps = len(moment), jnp.finfo(moment.dtype).eps
-    known = jnp.all(jnp.isfinite(moment))
-    # Eigenvalues of what is not finite may never end.
-    moment = jnp.where(known, moment, jnp.eye(size, dtype=moment.dtype))
+    """R with `R R^T = (A + damping tr(A)/d I)^-1`, `[input, input]`.
+
+    From a Cholesky factor: in float32 eigenvectors leave a thousandth, and take ten
+    times as long. A little damping is always there, for directions without any input.
+    """
+    size = len(moment)
     scale = jnp.trace(moment) / size
     scale = jnp.where(scale > 0, scale, 1)
-    values, vectors = jnp.linalg.eigh(moment / scale)
-    values = values + jnp.asarray(damping).astype(moment.dtype)
-    there = values > size * eps * jnp.max(jnp.abs(values))
-    roots = jnp.where(there, jax.lax.rsqrt(jnp.where(there, values, 1) * scale), 0)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(vectors * roots[None, :], vectors.T, precision=highest)
+    least = 8 * size * jnp.finfo(moment.dtype).eps
+    given = jnp.asarray(damping).astype(moment.dtype)
+    identity = jnp.eye(size, dtype=moment.dtype)
+    factor = jnp.linalg.cholesky(moment / scale + jnp.maximum(given, least) * identity)
+    inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
+    return inverse.T / jnp.sqrt(scale)
 
 
 def _check(path: Any, leaf: Any, layer: Whitening | None) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import hardvary
 from hardvary.aggregators.whiten_inputs import inverse_root
+from hardvary.fused import rules
 from tests._asserts import assert_trees_close
 from tests.fused._models import build
 from tests.zoo import ZOO, compile_quickly
@@ -102,13 +103,16 @@ MEETINGS = {
 }
 
 
-@pytest.mark.parametrize("name", MEETINGS)
-def test_input_moment_and_whitened_gradients_are_those_of_the_rows(name):
+@pytest.mark.parametrize(
+    ("name", "few"), [*((name, False) for name in MEETINGS), ("convolution", True)]
+)
+def test_input_moment_and_whitened_gradients_are_those_of_the_rows(
+    name, few, monkeypatch
+):
     loss, shape, batch_shape, rows_of = MEETINGS[name]
     w, x = arrays(shape, batch_shape)
     rows = np.asarray(rows_of(np.asarray(x)), np.float64)
-    root = np.linalg.inv(np.linalg.cholesky(moment_of(rows) + np.eye(rows.shape[1])))
-    root = (root + root.T) / 2
+    root = np.linalg.inv(np.linalg.cholesky(moment_of(rows) + np.eye(rows.shape[1]))).T
 
     @compile_quickly
     def run(w, x):
@@ -130,6 +134,8 @@ def test_input_moment_and_whitened_gradients_are_those_of_the_rows(name):
         )
 
     assert hardvary.env_grads(loss)(w, x).num_inputs == rows.shape[1]
+    if few:
+        monkeypatch.setattr(rules.Rule, "elements", lambda rule: 30)
     moment, stacked, answers = run(w, x)
     np.testing.assert_allclose(moment, moment_of(rows), rtol=1e-4, atol=1e-5)
     inputs_last = name == "out_in"
@@ -138,7 +144,7 @@ def test_input_moment_and_whitened_gradients_are_those_of_the_rows(name):
         expected = stacked @ root
     else:
         flat = stacked.reshape(5, rows.shape[1], -1)
-        expected = np.einsum("ij,ejo->eio", root, flat).reshape(stacked.shape)
+        expected = np.einsum("ji,ejo->eio", root, flat).reshape(stacked.shape)
     flat = expected.reshape(5, -1)
     assert_trees_close(
         answers,
@@ -183,7 +189,7 @@ def test_whitened_gradients_of_models_are_roots_times_their_gradients(name):
                 moment = grad.input_moment()
                 root = inverse_root(moment, 0.1)
                 whitened = grad._whitened(root)
-                times = jax.vmap(functools.partial(grad._times, root))
+                times = jax.vmap(functools.partial(grad._times, root.T))
                 expected = times(grad.stack().astype(moment.dtype))
                 found.append(
                     (
@@ -349,8 +355,7 @@ def test_moments_are_averaged_and_refreshed_on_schedule():
     corrected = average / (1 - 0.75**3)
     damped = corrected + 0.1 * np.trace(corrected) / 3 * np.eye(3)
     root = np.asarray(state.layers[0].root, np.float64)
-    np.testing.assert_allclose(root @ damped @ root, np.eye(3), atol=1e-4)
-    np.testing.assert_allclose(root, root.T, atol=1e-6)
+    np.testing.assert_allclose(root.T @ damped @ root, np.eye(3), atol=1e-4)
     assert state.whiten_count == 5
 
 
@@ -364,21 +369,28 @@ def test_inputs_of_absent_environments_and_broken_inputs_do_not_count():
         weight * moment_of(own) for weight, own in zip(weights, rows, strict=True)
     )
     np.testing.assert_allclose(
-        state.layers[0].moment, 0.05 * expected / 4, rtol=1e-3, atol=1e-6
+        state.layers[0].moment, 0.1 * expected / 4, rtol=1e-3, atol=1e-6
     )
     broken = one_layer(tx)([x, x.at[1].set(jnp.nan)], w)
     once = one_layer(tx)([x], w)
     assert_trees_close(broken.layers, once.layers, rtol=1e-5)
 
 
-def test_inverse_root_leaves_alone_what_no_input_has():
-    moment = jnp.diag(jnp.asarray([4.0, 0.0, 1.0]))
-    np.testing.assert_allclose(
-        inverse_root(moment, 0.0), np.diag([0.5, 0, 1]), atol=1e-6
-    )
-    np.testing.assert_array_equal(inverse_root(jnp.zeros((2, 2)), 0.0), 0)
-    scaled = inverse_root(moment * 1e-30, 0.01) * 1e-15
-    np.testing.assert_allclose(scaled, inverse_root(moment, 0.01), rtol=1e-5)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_inverse_root_is_one_of_the_damped_moment_at_any_scale(scale):
+    rows = np.random.default_rng(0).normal(size=(40, 6)) * 10.0 ** np.arange(-2, 4)
+    moment = moment_of(rows)
+    damped = moment + 1e-3 * np.trace(moment) / 6 * np.eye(6)
+    root = np.asarray(inverse_root(jnp.asarray(moment * scale, jnp.float32), 1e-3))
+    root = root.astype(np.float64) * scale**0.5
+    np.testing.assert_allclose(root.T @ damped @ root, np.eye(6), atol=1e-4)
+
+
+def test_inverse_root_without_damping_takes_inputs_that_are_always_zero():
+    root = np.asarray(inverse_root(jnp.diag(jnp.asarray([4.0, 0.0, 1.0])), 0.0))
+    np.testing.assert_allclose(root[[0, 2]], [[0.5, 0, 0], [0, 0, 1]], atol=1e-4)
+    assert np.all(np.isfinite(root))
+    assert np.all(np.isfinite(inverse_root(jnp.zeros((2, 2)), 0.0)))
 
 
 def test_inputs_on_several_devices_are_those_of_one():

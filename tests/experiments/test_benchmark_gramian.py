@@ -159,7 +159,7 @@ def test_stacked_gradients_are_left_out_where_they_are_too_large(monkeypatch):
     assert (tuple(names), left_out) == (gramian.CONTESTANTS, {})
     monkeypatch.setattr(contestants, "STACKED_LIMIT", 4 * workload.param_bytes)
     names, left_out = gramian.fitting(gramian.CONTESTANTS, workload)
-    assert names == ["plain", "upgrad", "clip"]
+    assert names == ["plain", "upgrad", "clip", "whitened"]
     assert set(left_out) == {"stacked", "stacked_clip"}
     assert left_out["stacked"] == "stacked gradients would take 0.0 GB"
 

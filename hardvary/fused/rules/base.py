@@ -11,7 +11,7 @@ import numpy as np
 
 from hardvary import _validate
 from hardvary._env_grads.source import Source
-from hardvary._env_grads.statistics import EnvWeights, along_envs, present
+from hardvary._env_grads.statistics import MEAN, EnvWeights, along_envs, present
 from hardvary.fused.grouping import Group
 from hardvary.fused.program import Bindings, Value
 from hardvary.fused.rules import convolution, layout
@@ -32,7 +32,7 @@ class Rule(Source):
     faster form than `Source`.
 
     Attributes:
-      root: `[input, input]`, symmetric, what all gradients are multiplied by; None for
+      root: `[input, input]`, whose transpose all gradients are multiplied by; None for
         nothing. Only where there are `factors`.
     """
 
@@ -55,6 +55,16 @@ class Rule(Source):
     def stack(self) -> list[jax.Array]:
         return jax.vmap(self.pull())(*self.left_behind())
 
+    def combine(self, weights: EnvWeights) -> list[jax.Array]:
+        if self.root is None:
+            return self.weighted_sum(weights)
+        # One product, where each environment's gradient would take one.
+        return self._whiten(self.whitened(None).weighted_sum(weights))
+
+    def weighted_sum(self, weights: EnvWeights) -> list[jax.Array]:
+        """As `combine`, of gradients without a root."""
+        return self.sums([MEAN], weights)[MEAN]
+
     @functools.cached_property
     def factors(self) -> Factors | None:
         """Of the only parameter in its only use, None where these are not known."""
@@ -74,7 +84,7 @@ class Rule(Source):
             data = data.astype(_validate.wide(data.dtype)) * roots
         return self.factors.moment(data, cotangent)
 
-    def whitened(self, root: jax.Array) -> "Rule":
+    def whitened(self, root: jax.Array | None) -> "Rule":
         result = copy.copy(self)
         result.root = root
         return result
@@ -92,10 +102,10 @@ class Rule(Source):
         return layout.in_layout(self.traced, use.operands[0], leaf, product)
 
     def _whiten(self, parameters: list[jax.Array]) -> list[jax.Array]:
-        """The root, if there is one, times what is shaped like the parameters."""
+        """The root's transpose, if there is one, times gradients."""
         if self.root is None:
             return parameters
-        return [self.times(self.root, parameter) for parameter in parameters]
+        return [self.times(self.root.T, parameter) for parameter in parameters]
 
     def gramian_form(self) -> tuple[GramianForm, int]:
         """How `gramian` goes about it, and its multiplications."""
@@ -148,12 +158,10 @@ class Rule(Source):
 
         _, back = jax.vjp(outputs, *self.leaves)
         sums = back(cotangents)
-        return self._whiten(
-            [
-                jnp.where(jnp.any(there), total, 0).astype(_validate.wide(total.dtype))
-                for total in sums
-            ]
-        )
+        return [
+            jnp.where(jnp.any(there), total, 0).astype(_validate.wide(total.dtype))
+            for total in sums
+        ]
 
     def _determined(self) -> tuple[list[Value], Callable[..., list[Any]]]:
         """Operands of all uses, and the function of the parameters that makes them."""

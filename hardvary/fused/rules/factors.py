@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hardvary import _validate
+from hardvary._env_grads.source import inner_products as products_of
 from hardvary.fused.program import Program
 from hardvary.fused.rules import convolution, inner_products, layout
 from hardvary.fused.rules.inner_products import Sizes
@@ -88,7 +90,7 @@ class Factors(abc.ABC):
 
 def factors_of(program: Program, use: Use, num_envs: int) -> Factors | None:
     """The factors of a use, None where it is no sum of outer products of two."""
-    takes = {"dot_general": DotGeneral, "conv_general_dilated": _Convolution}
+    takes = {"dot_general": DotGeneral, "conv_general_dilated": Convolution}
     if use.primitive not in takes or use.side < 0 or not is_real(use):
         return None
     if use.primitive == "conv_general_dilated" and not convolution.applies(use):
@@ -147,7 +149,7 @@ class DotGeneral(Factors):
         return jnp.matmul(rows.T, rows, precision=_HIGHEST) / self.sizes.rows
 
     def whitened(self, data: jax.Array, root: jax.Array) -> jax.Array:
-        """The data with `root` times their inputs, in their own layout."""
+        """The data with their inputs times `root`, in their own layout."""
         _, _, contract, *_ = sides(self._use)
         skip = 1 + len(self._use.steps)
         axes = [axis + skip for axis in contract]
@@ -224,7 +226,7 @@ class DotGeneral(Factors):
         return jnp.transpose(product, [axes.index(axis) for axis in range(len(axes))])
 
 
-class _Convolution(Factors):
+class Convolution(Factors):
     """Of a convolution: every place of its window is a parameter with its own data."""
 
     def __init__(self, use: Use, num_envs: int) -> None:
@@ -256,6 +258,32 @@ class _Convolution(Factors):
         total = inner_products.sum_over(of_env, pairs, ())
         order = self._pieces(data[:1], cotangent[:1]).window_order()
         return total[order][:, order] / self.sizes.rows
+
+    def whitened_gramian(
+        self, data: Any, cotangent: Any, root: jax.Array, elements: int
+    ) -> jax.Array:
+        """`gramian` of gradients times `root^T`, a few output features at a time."""
+        params = self._use.eqn.params
+        numbers, outputs = params["dimension_numbers"], self.sizes.outputs
+        tile = len(data) * len(root)
+        size = inner_products.divisor(outputs, elements // tile)
+        shape = list(self._use.eqn.invars[1].aval.shape)
+        shape[numbers.rhs_spec[0]] = size
+
+        def of(start: jax.Array) -> jax.Array:
+            axis = 1 + numbers.out_spec[1]
+            part = jax.lax.dynamic_slice_in_dim(cotangent, start, size, axis)
+
+            def of_env(pair: Any) -> jax.Array:
+                own, sent = pair
+                grad = convolution.kernel_gradient(own, sent, params, shape)
+                return self.times(root.T, grad)
+
+            # One at a time, as in `Scan`.
+            return products_of(jax.lax.map(of_env, (data, part)))
+
+        starts = np.arange(0, outputs, size, dtype=np.uint32)
+        return inner_products.sum_over(of, starts, (data, cotangent, root))
 
     def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         by_rows = self.gramian_form()[0] == "rows"

@@ -77,7 +77,7 @@ class Product(Scan):
             result[statistic] = [jnp.where(finite, result[statistic][0], jnp.nan)]
         return {s: result[s] for s in statistics}
 
-    def combine(self, weights: EnvWeights) -> list[jax.Array]:
+    def weighted_sum(self, weights: EnvWeights) -> list[jax.Array]:
         return self.sums([MEAN], weights)[MEAN]
 
     def _in_layout(self, total: jax.Array) -> jax.Array:

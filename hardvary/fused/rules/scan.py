@@ -20,7 +20,7 @@ from hardvary._env_grads.statistics import (
 from hardvary._typing import AxisName
 from hardvary.fused.rules import convolution
 from hardvary.fused.rules.base import GramianForm, Rule
-from hardvary.fused.rules.factors import DotGeneral
+from hardvary.fused.rules.factors import Convolution, DotGeneral
 from hardvary.fused.rules.inner_products import (
     divisor,
     gramian_by_blocks,
@@ -61,7 +61,7 @@ class Scan(Rule):
         )
         return sums
 
-    def combine(self, weights: EnvWeights) -> list[jax.Array]:
+    def weighted_sum(self, weights: EnvWeights) -> list[jax.Array]:
         left_behind = self.left_behind()
         narrow = any(
             jnp.issubdtype(leaf.dtype, jnp.inexact) and jnp.finfo(leaf.dtype).bits < 32
@@ -78,11 +78,15 @@ class Scan(Rule):
             return [in_layout(self.traced, use.operands[0], leaf, total)]
         # Sums in a narrow type would round, and may leave its range.
         if narrow or (self._is_convolved() and sharding.on_cpu()):
-            return super().combine(weights)
+            return super().weighted_sum(weights)
         return self.pull_sum(*left_behind, weights)
 
     def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
         (form, _), factors = self.gramian_form(), self.factors
+        if self.root is not None and isinstance(factors, Convolution):
+            data, cotangent = (sharding.all_rows(x, axis_name) for x in self._pair())
+            budget = self.elements()
+            return [factors.whitened_gramian(data, cotangent, self.root, budget)]
         if factors is None or form in ("stacked", "blocks"):
             if form == "blocks":
                 # Two blocks meet.
@@ -97,9 +101,7 @@ class Scan(Rule):
 
     def gramian_form(self) -> tuple[GramianForm, int]:
         held = self.num_envs * self.size <= self.elements()
-        # Pieces of a convolution's input are not whitened, its gradients are.
-        stacked = self._is_convolved() and (held or self.root is not None)
-        if self.factors is not None and not stacked:
+        if self.factors is not None and not (self._is_convolved() and held):
             return self.factors.gramian_form()
         form, products = super().gramian_form()
         return form if held else "blocks", products
