@@ -159,12 +159,14 @@ def iga_penalty(stats: PyTree) -> jax.Array:
         environments.
 
     Returns:
-      A scalar, at least float32; rounding may leave it slightly below 0 where all
-      environments have the same gradient.
+      A scalar, at least float32. It is a difference: known to the rounding of the
+      gradients' squares, and slightly below 0 where all environments have the same
+      gradient.
 
     Raises:
       TypeError: a leaf that is no `GradStats`.
-      ValueError: a statistic that it does not hold; no leaves.
+      ValueError: a statistic that it does not hold, statistics of several sets of
+        environments; no leaves.
 
     Example:
       >>> import jax, jax.numpy as jnp, hardvary
@@ -179,7 +181,7 @@ def iga_penalty(stats: PyTree) -> jax.Array:
       Koyama and Yamaguchi, `When is invariance useful in an Out-of-Distribution
       Generalization problem? <https://arxiv.org/abs/2008.01883>`_, 2020.
     """
-    return sum(map(jnp.sum, _variances("iga_penalty", stats)), jnp.zeros(()))
+    return sum(map(jnp.sum, _variances("iga_penalty", stats, 0)), jnp.zeros(()))
 
 
 def fishr_penalty(stats: PyTree) -> jax.Array:
@@ -201,7 +203,8 @@ def fishr_penalty(stats: PyTree) -> jax.Array:
 
     Raises:
       TypeError: a leaf that is no `GradStats`.
-      ValueError: a statistic that it does not hold; no leaves.
+      ValueError: a statistic that it does not hold, statistics without an axis of
+        environments; no leaves.
 
     Example:
       >>> import jax, jax.numpy as jnp, hardvary
@@ -221,11 +224,17 @@ def fishr_penalty(stats: PyTree) -> jax.Array:
     def spread(variances: jax.Array) -> jax.Array:
         return jnp.sum(jnp.var(variances, axis=0))
 
-    return sum(map(spread, _variances("fishr_penalty", stats)), jnp.zeros(()))
+    return sum(map(spread, _variances("fishr_penalty", stats, 1)), jnp.zeros(()))
 
 
-def _variances(name: str, stats: PyTree) -> list[jax.Array]:
-    """Variances of gradients, a parameter each, in at least float32."""
+def _variances(name: str, stats: PyTree, ndim: int) -> list[jax.Array]:
+    """Variances of gradients, a parameter each, in at least float32.
+
+    Args:
+      name: for messages.
+      stats: see `iga_penalty`.
+      ndim: number of axes in front of those of a parameter.
+    """
     leaves = jax.tree.leaves(
         stats, is_leaf=lambda node: isinstance(node, grad_stats.GradStats)
     )
@@ -242,6 +251,14 @@ def _variances(name: str, stats: PyTree) -> list[jax.Array]:
             raise ValueError(
                 f"{name} needs the mean and the square of gradients; ask for them with "
                 'grad_stats(loss_fn, stats=("mean", "square"))'
+            )
+        if jnp.ndim(leaf.num_envs) != ndim:
+            raise ValueError(
+                f"{name} takes statistics over "
+                + ("the examples of each environment" if ndim else "environments")
+                + f", so num_envs of shape {('env',) * ndim}, got a GradStats with "
+                f"num_envs of shape {jnp.shape(leaf.num_envs)}: grad_stats "
+                + ("under jax.vmap" if ndim else "without jax.vmap")
             )
         mean = leaf.mean.astype(_validate.wide(leaf.mean.dtype))
         result.append(leaf.square_mean - mean**2)

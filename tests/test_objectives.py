@@ -465,3 +465,10 @@ def test_penalties_on_gradients_say_what_they_need(name):
         penalty({"w": hardvary.GradStats(mean=jnp.ones(2), num_envs=jnp.ones(()))})
     with pytest.raises(ValueError, match="without leaves"):
         penalty({})
+    # As over environments, and as over the examples of each.
+    other = () if name == "fishr_penalty" else (3,)
+    stats = hardvary.GradStats(
+        mean=jnp.ones((3, 2)), square_mean=jnp.ones((3, 2)), num_envs=jnp.ones(other)
+    )
+    with pytest.raises(ValueError, match=f"{name} takes statistics over"):
+        penalty(stats)

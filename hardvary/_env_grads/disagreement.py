@@ -148,11 +148,16 @@ def scaled(grads: forms.Gradients, factors: Any = None) -> Scaled:
 def of_logarithms(grads: forms.Gradients, losses: jax.Array) -> jax.Array:
     """`[env]`, factors that turn gradients of losses into those of their logarithms.
 
-    A loss that is 0 next to the others counts as their rounding.
+    A loss that is 0 next to the others counts as their rounding; one that is negative
+    or not finite has the factor NaN.
     """
     losses = jnp.where(grads.env_weights() > 0, losses, 0)
-    least = jnp.finfo(losses.dtype).eps * jnp.max(losses)
-    return 1 / jnp.maximum(losses, jnp.maximum(least, jnp.finfo(losses.dtype).tiny))
+    known = jnp.isfinite(losses) & (losses >= 0)
+    largest = jnp.max(jnp.where(known, losses, 0))
+    least = jnp.finfo(losses.dtype).eps * jnp.where(largest > 0, largest, 1)
+    return jnp.where(
+        known, 1 / jnp.maximum(jnp.where(known, losses, 1), least), jnp.nan
+    )
 
 
 def disagreement(
@@ -165,8 +170,10 @@ def disagreement(
     r"""Along which directions environments' gradients differ, and how far they agree.
 
     The principal axes of the gradients around their mean. Large `spectrum` with small
-    `agreement` is what `spectral_and_mask` and `drop_disagreement` take out; a mean
-    that is almost all `common` has nothing to gain from them.
+    `agreement` is what `spectral_and_mask` takes out, large `spectrum` alone what
+    `drop_disagreement` does; a mean that is almost all `common` has nothing to gain
+    from either. Axes with less than about `sqrt(env * eps)` of the longest gradient,
+    1e-3 of it in float32, cannot be told from rounding, and count as none.
 
     Args:
       grads: a tree of `EnvGrad`, or stacked gradients, each leaf
@@ -178,7 +185,7 @@ def disagreement(
 
     Returns:
       A `Disagreement`, float32 (float64 for float64 gradients); NaN where a present
-      environment's gradient is not finite.
+      environment's gradient is not finite, or its loss is not or is negative.
 
     Raises:
       TypeError: gradients that are not real floating, losses that are not real.

@@ -135,6 +135,10 @@ class Answers:
         source = self._source.whitened(root)
         return Answers(source, self._weights, self._local_total, self.axis_name)
 
+    @property
+    def is_whitened(self) -> bool:
+        return self._source.root is not None
+
     def times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
         return self._source.times(root, parameter)
 
@@ -308,6 +312,10 @@ class EnvGrad(NoArray):
         """The transpose of `root: [input, input]` times the gradients."""
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return EnvGrad(self._answers.whitened(root), self._index, like)
+
+    @property
+    def _is_whitened(self) -> bool:
+        return self._answers.is_whitened
 
     def _times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
         """`root: [input, input]` times what is shaped like the parameter."""

@@ -173,8 +173,12 @@ class Gradients:
         """
         first = self.leaves[0]
         inside = isinstance(first, EnvGrad)
+        if not inside:
+            self._stacked("inner products")
         axis_name = first._answers.axis_name if inside else self.axis_name
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        if devices > 1:
+            what += " of this device's environments"
         array = _validate.of_envs(what, values, self.num_envs // devices, self.name)
         return sharding.all_rows(array, axis_name)
 

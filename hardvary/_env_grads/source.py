@@ -21,9 +21,12 @@ class Source(abc.ABC):
 
     Attributes:
       num_envs: number of environments, on this device.
+      root: `[input, input]`, whose transpose all gradients are multiplied by; None for
+        nothing.
     """
 
     num_envs: int
+    root: jax.Array | None = None
 
     @abc.abstractmethod
     def sums(self, statistics: Sequence[Statistic], weights: EnvWeights | None) -> Sums:

@@ -26,7 +26,8 @@ def drop_disagreement(
     with the principal axes :math:`v_i` of the gradients around their mean, and the
     variances :math:`\mu_i` along them, falling. As `spectral_and_mask`, but whoever
     disagrees about a direction, even in size alone, takes it away: no chance unanimity
-    gets through. What is left at `energy = 1` is what all environments have in common.
+    gets through. What is left at `energy = 1` is what all environments have in common,
+    as far as their dtype can tell.
 
     Args:
       energy: :math:`\gamma` in [0, 1], share of the variance that is taken out; 0 is
@@ -46,10 +47,15 @@ def drop_disagreement(
       ==========================  ==================================================
       NaN or infinity             in a present environment or its loss: everything is
                                   NaN
+      a negative loss             NaN: it has no logarithm
       an environment of weight 0  as if it were not there, whatever it holds
       gradients that are equal    the mean: there is no disagreement
       one environment             its gradient
       a loss of 0                 counts as the rounding of the largest loss
+      axes in rounding            with less than sqrt(env * eps) of the longest
+                                  gradient, 1e-3 of it in float32, are not seen: a
+                                  layer with far smaller gradients wants a chain of its
+                                  own (`optax.partition`)
       ==========================  ==================================================
 
     Example:

@@ -63,7 +63,11 @@ def relative_gauss_newton(
       NaN or infinity             in a present environment or its losses: everything is
                                   NaN
       an environment of weight 0  as if it were not there, whatever it holds
+      losses that are not         NaN: a baseline has to be positive, too
+      positive
       gradients that are equal    the mean of relative gradients
+      gradients nearly equal,     a step as long as strength * difference / spread, to
+      losses that differ          be clipped inside the whitening or behind
       ==========================  ==================================================
 
     Example:
@@ -88,8 +92,11 @@ def relative_gauss_newton(
     def weights_of(
         grads: Gradients, given: dict[str, Any], memory: None
     ) -> tuple[Any, ...]:
-        baselines = given["baseline_losses"]
-        relative = given["env_losses"] / baselines
+        here = grads.env_weights() > 0
+        losses, baselines = given["env_losses"], given["baseline_losses"]
+        fine = ((losses >= 0) & (baselines > 0)) | ~here
+        baselines = jnp.where(fine, baselines, jnp.nan)
+        relative = losses / baselines
         inner = scaled(grads, 1 / baselines)
         found, shares = directions(inner.gramian, inner.shares), inner.shares
         relative = jnp.where(shares > 0, relative, 0)

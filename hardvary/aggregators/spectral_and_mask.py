@@ -33,8 +33,8 @@ def spectral_and_mask(
     given.
 
     What is chosen is a basis of the parameters that the data pick, so it wants inputs
-    without a scale of their own (`whiten_inputs`), and an optimizer that multiplies a
-    layer by one number behind it: momentum or `optax.novograd`, not Adam.
+    without a scale of their own (`whiten_inputs`), and an optimizer that does not look
+    at single weights behind it: momentum, not Adam.
 
     Args:
       threshold: share of environments, in [0, 1], that have to have the same sign
@@ -60,11 +60,16 @@ def spectral_and_mask(
       ==========================  ==================================================
       NaN or infinity             in a present environment or its loss: everything is
                                   NaN
+      a negative loss             NaN: it has no logarithm
       an environment of weight 0  as if it were not there, whatever it holds
       gradients that are equal    the mean: there is no disagreement
       one environment             its gradient
       a zero gradient             votes for nothing: at threshold 1 every direction goes
       a loss of 0                 counts as the rounding of the largest loss
+      axes in rounding            with less than sqrt(env * eps) of the longest
+                                  gradient, 1e-3 of it in float32, are not seen: a
+                                  layer with far smaller gradients wants a chain of its
+                                  own (`optax.partition`)
       ==========================  ==================================================
 
     Example:

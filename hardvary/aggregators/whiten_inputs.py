@@ -13,9 +13,11 @@ from hardvary import _validate
 from hardvary._env_grads import forms
 from hardvary._env_grads.env_grad import EnvGrad
 from hardvary._typing import PyTree
+from hardvary.fused.explain import Explanation
 
-# From a parameter to the number of inputs of the layer that it is the weights of.
-InputsOf = Callable[[Any], int | None]
+# From a parameter to the number of inputs of the layer that it is the weights of, or
+# what `explain` found for all of them.
+InputsOf = Callable[[Any], int | None] | Explanation
 
 
 class Whitening(NamedTuple):
@@ -24,10 +26,12 @@ class Whitening(NamedTuple):
     Attributes:
       moment: `[input, input]`, average of the second moment, without its correction for
         the start at 0.
+      share: scalar, what that average is to be divided by.
       root: `[input, input]`, R with `R R^T` the inverse of the damped moment.
     """
 
     moment: jax.Array
+    share: jax.Array
     root: jax.Array
 
 
@@ -71,12 +75,15 @@ def whiten_inputs(
     convolution) and the aggregator a. With a rule by inner products the function that
     is trained is then the same, whatever invertible matrix the layer's inputs were
     multiplied by (damping apart). A mean turns into a step of natural gradient on the
-    inputs' side. Parameters without such inputs (biases, tables, weights that are used
-    twice) go through as they are: `explain` shows which.
+    inputs' side. Parameters of which no such inputs are known go through as they are:
+    biases, tables, weights that are used twice, in grouped convolutions, or inside of
+    `jax.checkpoint`, `scan` over layers and branches. `explain` shows which.
 
-    What follows in the chain has to scale a layer by one number to keep that:
-    momentum, `optax.novograd`; Adam divides every weight by its own size, which brings
-    the basis back.
+    What follows in the chain must not look at single weights, or at the size of an
+    update, which depends on the matrix: momentum does not. Adam divides every weight by
+    its own size, which brings the basis back. A step size per layer belongs inside,
+    where it sees no matrix, and without a memory, whose coordinates would turn at every
+    refresh: `whiten_inputs(optax.chain(upgrad(), optax.clip_by_block_rms(1.0)))`.
 
     Args:
       aggregator: any transformation of this library that takes `EnvGrad`.
@@ -88,8 +95,9 @@ def whiten_inputs(
         product rows x input x input and a Cholesky factor of A.
       max_inputs: layers with more inputs go without; the state of a layer is two
         matrices `[input, input]`.
-      inputs_of: from a parameter to the number of inputs that its layer has, None for
-        none, for libraries whose kernels are not [..., in, out].
+      inputs_of: what `explain(loss_fn, params, batch)` returned, or a function from a
+        parameter to the number of inputs that its layer has, None for none. Unless
+        given, kernels are [..., in, out]; those of attention in Flax are not.
 
     Returns:
       A transformation with state `WhitenInputsState` that takes a tree of `EnvGrad`;
@@ -97,17 +105,20 @@ def whiten_inputs(
 
     Raises:
       TypeError: an aggregator that is no transformation, a damping or decay that is no
-        real scalar, an `every` or `max_inputs` that is no integer; (tracing) gradients
-        in another form, as the aggregator.
+        real scalar, an `every` or `max_inputs` that is no integer, an `inputs_of` that
+        is neither an Explanation nor callable; (tracing) gradients in another form, as
+        the aggregator.
       ValueError: a negative, infinite or NaN damping, a decay outside [0, 1), an
         `every` or `max_inputs` below 1; (tracing) a layer with another number of
-        inputs than `inputs_of` says, no layer with known inputs at all, as the
-        aggregator.
+        inputs than `inputs_of` says, no layer with known inputs at all, gradients that
+        are whitened already, as the aggregator.
 
     Edge cases:
       ==========================  ==================================================
       NaN or infinity             in inputs: the refresh is skipped
       an environment of weight 0  its inputs do not count
+      and_mask and others by      see gradients for inputs of which each is taken less
+      component inside            the ones before it: their order matters
       low precision               moments and roots are in at least float32, what they
                                   are multiplied with stays in the layer's dtype
       ==========================  ==================================================
@@ -127,7 +138,7 @@ def whiten_inputs(
       >>> w = jnp.zeros((2, 1))
       >>> w, losses = step(w, tx.init(w))
       >>> [round(v, 3) for v in w[:, 0].tolist()]
-      [0.1, 1.999]
+      [0.1, 2.0]
 
     References:
       Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored
@@ -147,31 +158,38 @@ def whiten_inputs(
     _validate.decay_rate("decay", decay)
     _validate.whole_number("every", every, 1)
     _validate.whole_number("max_inputs", max_inputs, 1)
+    if not isinstance(inputs_of, Explanation) and not callable(inputs_of):
+        raise TypeError(
+            "inputs_of must be what explain(loss_fn, params, batch) returned, or a "
+            f"function of a parameter, got {inputs_of!r}"
+        )
     inside = optax.with_extra_args_support(aggregator)
 
-    def start(param: Any) -> Whitening | None:
-        size = inputs_of(param)
+    def start(path: Any, param: Any) -> Whitening | None:
+        if isinstance(inputs_of, Explanation):
+            size = _explained(inputs_of, path)
+        else:
+            size = inputs_of(param)
         if size is None or size > max_inputs:
             return None
         dtype = _validate.wide(jnp.result_type(param))
-        return Whitening(jnp.zeros((size, size), dtype), jnp.eye(size, dtype=dtype))
+        zeros, identity = jnp.zeros((size, size), dtype), jnp.eye(size, dtype=dtype)
+        return Whitening(zeros, jnp.zeros((), dtype), identity)
 
     def init_fn(params: PyTree) -> WhitenInputsState:
-        layers = [start(param) for param in jax.tree.leaves(params)]
+        layers = [start(*pair) for pair in jax.tree.leaves_with_path(params)]
         return WhitenInputsState(
             jnp.zeros((), jnp.int32), layers, aggregator.init(params)
         )
 
-    def refreshed(layer: Whitening, moment: jax.Array, count: jax.Array) -> Whitening:
+    def refreshed(layer: Whitening, moment: jax.Array) -> Whitening:
         rate = jnp.asarray(decay).astype(moment.dtype)
         average = rate * layer.moment + (1 - rate) * moment
-        share = 1 - rate ** (count // every + 1).astype(moment.dtype)
+        share = rate * layer.share + (1 - rate)
         root = inverse_root(average / share, damping)
         known = jnp.all(jnp.isfinite(average)) & jnp.all(jnp.isfinite(root))
-        return Whitening(
-            jnp.where(known, average, layer.moment),
-            jnp.where(known, root, layer.root),
-        )
+        new = Whitening(average, share, root)
+        return jax.tree.map(lambda new, old: jnp.where(known, new, old), new, layer)
 
     def update_fn(
         updates: PyTree,
@@ -191,14 +209,15 @@ def whiten_inputs(
         if not any(used):
             raise ValueError(
                 "whiten_inputs: of no parameter here is it known what inputs it meets, "
-                f"in a layer with at most max_inputs={max_inputs}; explain(loss_fn, "
-                "...) shows them, value_and_env_grads with a microbatch_size and "
-                "value_and_env_grads_of_losses know none"
+                f"in a layer with at most max_inputs={max_inputs} known to inputs_of: "
+                "pass inputs_of=hardvary.explain(loss_fn, params, batch) and print it; "
+                "value_and_env_grads with a microbatch_size and "
+                "value_and_env_grads_of_losses know no inputs"
             )
 
         def refresh(layers: list[Any]) -> list[Any]:
             return [
-                refreshed(layer, leaf.input_moment().astype(layer.moment.dtype), count)
+                refreshed(layer, leaf.input_moment().astype(layer.moment.dtype))
                 if met
                 else layer
                 for layer, leaf, met in zip(layers, leaves, used, strict=True)
@@ -231,17 +250,34 @@ def inverse_root(moment: jax.Array, damping: Any) -> jax.Array:
     """R with `R R^T = (A + damping tr(A)/d I)^-1`, `[input, input]`.
 
     From a Cholesky factor: in float32 eigenvectors leave a thousandth, and take ten
-    times as long. A little damping is always there, for directions without any input.
+    times as long. Correlations are always damped by a few roundings, for directions
+    without any input.
     """
     size = len(moment)
     scale = jnp.trace(moment) / size
     scale = jnp.where(scale > 0, scale, 1)
-    least = 8 * size * jnp.finfo(moment.dtype).eps
-    given = jnp.asarray(damping).astype(moment.dtype)
     identity = jnp.eye(size, dtype=moment.dtype)
-    factor = jnp.linalg.cholesky(moment / scale + jnp.maximum(given, least) * identity)
+    damped = moment / scale + jnp.asarray(damping).astype(moment.dtype) * identity
+    # What is left to factor are correlations, whatever the scales of the inputs.
+    diagonal = jnp.diagonal(damped)
+    lengths = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    correlations = damped / lengths[:, None] / lengths[None, :]
+    least = 8 * size * jnp.finfo(moment.dtype).eps
+    factor = jnp.linalg.cholesky(correlations + least * identity)
     inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
-    return inverse.T / jnp.sqrt(scale)
+    return inverse.T / lengths[:, None] / jnp.sqrt(scale)
+
+
+def _explained(explanation: Explanation, path: Any) -> int | None:
+    where = _validate.leaf_path(path)
+    for row in explanation.parameters:
+        if row.path == where:
+            return row.num_inputs
+    paths = [row.path for row in explanation.parameters]
+    raise ValueError(
+        f"whiten_inputs: inputs_of explains {paths}, and no parameter at {where}; call "
+        "explain with the parameters that the transformation is for"
+    )
 
 
 def _check(path: Any, leaf: Any, layer: Whitening | None) -> None:
@@ -252,10 +288,15 @@ def _check(path: Any, leaf: Any, layer: Whitening | None) -> None:
             f"value_and_env_grads, inside the same jit; the leaf at {where} is "
             f"{_validate.a_or_an(type(leaf).__name__)}"
         )
+    if leaf._is_whitened:
+        raise ValueError(
+            f"whiten_inputs: the gradient of the parameter at {where} is whitened "
+            "already; one whiten_inputs around the aggregator is enough"
+        )
     if layer is None or leaf.num_inputs in (None, len(layer.root)):
         return
     raise ValueError(
         f"whiten_inputs: the layer of the parameter at {where}, of shape {leaf.shape}, "
-        f"has {leaf.num_inputs} inputs, and inputs_of says {len(layer.root)}; pass an "
-        "inputs_of that knows this layout, such as lambda p: p.shape[-1]"
+        f"has {leaf.num_inputs} inputs, and inputs_of says {len(layer.root)}; pass "
+        "inputs_of=hardvary.explain(loss_fn, params, batch), which knows all layouts"
     )

@@ -160,8 +160,17 @@ def test_absent_environments_may_hold_anything_and_present_ones_show_nan(name):
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-6)
         update, _ = jitted(name)(poisoned[0].astype(np.float32), losses, baselines)
         assert np.all(np.isnan(update))
-    update, _ = jitted(name)(rows, np.where(here, losses, np.nan), baselines)
-    assert np.all(np.isnan(update))
+    for broken in (np.nan, np.inf, -np.inf, -1.0):
+        update, _ = jitted(name)(rows, np.where(here, losses, broken), baselines)
+        assert np.all(np.isnan(update))
+        found = hardvary.disagreement(
+            jnp.asarray(rows), env_losses=jnp.where(here, losses, broken)
+        )
+        assert np.all(np.isnan(found.spectrum))
+    if name == "relative_gauss_newton":
+        for broken in (0.0, -1.0):
+            bad = np.where(here, baselines, np.float32(broken))
+            assert np.all(np.isnan(jitted(name)(rows, losses, bad)[0]))
 
 
 @pytest.mark.parametrize("name", ["spectral_and_mask", "drop_disagreement"])
@@ -169,6 +178,8 @@ def test_a_loss_of_zero_stays_finite(name):
     rows, losses, baselines = (x.astype(np.float32) for x in draw(seed=5))
     rows[2], losses[2] = 0, 0
     update, _ = jitted(name)(rows, losses, baselines)
+    assert np.all(np.isfinite(update))
+    update, _ = jitted(name)(rows, 0 * losses, baselines)
     assert np.all(np.isfinite(update))
 
 
@@ -218,6 +229,9 @@ def test_rules_on_env_grads_equal_those_on_stacked_gradients(name):
 def test_losses_that_are_missing_are_asked_for_by_name(name):
     tx = RULES[name][0]()
     grads = jnp.ones((3, 2))
+    stats = hardvary.GradStats(mean=jnp.ones(2), num_envs=jnp.ones(()))
+    with pytest.raises(ValueError, match=f"{name}: a GradStats holds no inner"):
+        tx.update(stats, tx.init(None), env_losses=jnp.ones(3))
     with pytest.raises(TypeError, match=f"{name}: update needs env_losses, the losses"):
         tx.update(grads, tx.init(None))
     given = {"env_losses": jnp.ones(3), "baseline_losses": jnp.ones(3)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen
 
 import hardvary
 from hardvary.aggregators.whiten_inputs import inverse_root
@@ -371,19 +372,21 @@ def test_inputs_of_absent_environments_and_broken_inputs_do_not_count():
     np.testing.assert_allclose(
         state.layers[0].moment, 0.1 * expected / 4, rtol=1e-3, atol=1e-6
     )
-    broken = one_layer(tx)([x, x.at[1].set(jnp.nan)], w)
     once = one_layer(tx)([x], w)
-    assert_trees_close(broken.layers, once.layers, rtol=1e-5)
+    for batches in ([x, x.at[1].set(jnp.nan)], [x.at[1].set(jnp.nan), x]):
+        broken = one_layer(tx)(batches, w)
+        assert_trees_close(broken.layers, once.layers, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_inverse_root_is_one_of_the_damped_moment_at_any_scale(scale):
     rows = np.random.default_rng(0).normal(size=(40, 6)) * 10.0 ** np.arange(-2, 4)
     moment = moment_of(rows)
-    damped = moment + 1e-3 * np.trace(moment) / 6 * np.eye(6)
-    root = np.asarray(inverse_root(jnp.asarray(moment * scale, jnp.float32), 1e-3))
-    root = root.astype(np.float64) * scale**0.5
-    np.testing.assert_allclose(root.T @ damped @ root, np.eye(6), atol=1e-4)
+    given = jnp.asarray(moment * scale, jnp.float32)
+    for damping in (1e-3, 0.0):
+        damped = moment + damping * np.trace(moment) / 6 * np.eye(6)
+        root = np.asarray(inverse_root(given, damping), np.float64) * scale**0.5
+        np.testing.assert_allclose(root.T @ damped @ root, np.eye(6), atol=1e-4)
 
 
 def test_inverse_root_without_damping_takes_inputs_that_are_always_zero():
@@ -449,10 +452,46 @@ def test_kernels_in_another_layout_need_their_number_of_inputs():
     tx = hardvary.whiten_inputs(hardvary.upgrad())
     with pytest.raises(ValueError, match="has 4 inputs, and inputs_of says 3"):
         tx.update(grads, tx.init(w), w)
-    tx = hardvary.whiten_inputs(hardvary.upgrad(), inputs_of=lambda p: p.shape[-1])
-    updates, state = tx.update(grads, tx.init(w), w)
-    assert updates.shape == w.shape
-    assert state.layers[0].root.shape == (4, 4)
+    for inputs_of in (
+        lambda param: param.shape[-1],
+        hardvary.explain(dense_out_in, w, x),
+    ):
+        tx = hardvary.whiten_inputs(hardvary.upgrad(), inputs_of=inputs_of)
+        updates, state = tx.update(grads, tx.init(w), w)
+        assert updates.shape == w.shape
+        assert state.layers[0].root.shape == (4, 4)
+    with pytest.raises(ValueError, match=r"and no parameter at .'other'."):
+        tx.init({"other": w})
+
+
+def test_layers_of_attention_are_whitened_as_explained():
+    model = linen.MultiHeadDotProductAttention(num_heads=2, qkv_features=4)
+    (x,) = arrays((3, 5, 6))
+    params = model.init(jax.random.key(0), x[0])
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(model.apply(params, x)))
+
+    tx = hardvary.whiten_inputs(
+        hardvary.upgrad(), inputs_of=hardvary.explain(loss, params, x)
+    )
+
+    @compile_quickly
+    def run(params, x):
+        grads = hardvary.env_grads(loss)(params, x)
+        return tx.update(grads, tx.init(params), params)
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        _, state = run(params, x)
+    sizes = [layer and layer.root.shape[0] for layer in state.layers]
+    assert sorted(size for size in sizes if size) == [4, 6, 6, 6]
+
+
+def test_gradients_are_whitened_once():
+    w, x = arrays((3, 2), (4, 5, 3))
+    tx = hardvary.whiten_inputs(hardvary.whiten_inputs(hardvary.upgrad()))
+    with pytest.raises(ValueError, match="is whitened already"):
+        tx.update(hardvary.env_grads(dense)(w, x), tx.init(w), w)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +503,7 @@ def test_kernels_in_another_layout_need_their_number_of_inputs():
         ({"every": 0}, ValueError, "every must be >= 1"),
         ({"every": 2.0}, TypeError, "every must be an integer"),
         ({"max_inputs": 0}, ValueError, "max_inputs"),
+        ({"inputs_of": 3}, TypeError, "inputs_of must be what explain"),
         ({"aggregator": 0.5}, TypeError, "aggregator must be a transformation"),
     ],
 )

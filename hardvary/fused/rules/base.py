@@ -30,17 +30,12 @@ class Rule(Source):
 
     A rule knows how to sum over environments; the rest it overrides where it has a
     faster form than `Source`.
-
-    Attributes:
-      root: `[input, input]`, whose transpose all gradients are multiplied by; None for
-        nothing. Only where there are `factors`.
     """
 
     def __init__(self, traced: Traced, group: Group) -> None:
         self.traced, self.group = traced, group
         self.leaves = [jnp.asarray(traced.leaves[i]) for i in group.leaves]
         self.num_envs = traced.num_envs
-        self.root: jax.Array | None = None
 
     def elements(self) -> int:
         """Elements that may be held at once.
