@@ -13,21 +13,38 @@ from experiments.common.cli import (
     later,
     main,
 )
-from experiments.shifts.config import LINEAR_CHOOSE_PRESETS, LINEAR_PRESETS
+from experiments.shifts.config import (
+    LINEAR_CHOOSE_PRESETS,
+    LINEAR_PRESETS,
+    SPIRALS_CHOOSE_PRESETS,
+    SPIRALS_PRESETS,
+)
 
-LINEAR = "experiments.shifts.linear_commands"
+HERE = "experiments.shifts.commands"
 
 COMMANDS: dict[str, Command[Any, Any] | Group] = {
     "linear-choose": later(
-        f"{LINEAR}:linear_choose",
+        f"{HERE}:linear_choose",
         "Choose a setting for each method on the linear unit tests.",
         LINEAR_CHOOSE_PRESETS,
         WorkerOptions,
     ),
     "linear": later(
-        f"{LINEAR}:linear",
+        f"{HERE}:linear",
         "All methods on the linear unit tests, with the settings chosen.",
         LINEAR_PRESETS,
+        FigureOptions,
+    ),
+    "spirals-choose": later(
+        f"{HERE}:spirals_choose",
+        "Choose a setting for each method on the spirals.",
+        SPIRALS_CHOOSE_PRESETS,
+        WorkerOptions,
+    ),
+    "spirals": later(
+        f"{HERE}:spirals",
+        "Methods on the spirals as they are and rotated, with the settings chosen.",
+        SPIRALS_PRESETS,
         FigureOptions,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.shifts.config import LinearSettings, MethodName, Problem
+from experiments.shifts.config import LinearRun, LinearSettings, MethodName, Problem
 from experiments.shifts.linear_data import FEATURES, Data, make_data, task_of
 from experiments.shifts.methods import METHODS, Setting, Whitening
 from experiments.shifts.training import (
@@ -42,20 +43,17 @@ def data_for(
     return make_data(seed, problem, num_envs, settings.examples, oracle)
 
 
-def train(
-    settings: LinearSettings,
-    problem: Problem,
-    method: MethodName,
-    setting: Setting,
-    data: Data,
-) -> tuple[Errors, jax.Array]:
-    """Trains from 0.
+def train(config: LinearRun, seed: int) -> Iterator[tuple[Errors, jax.Array]]:
+    """Trains from 0, with each setting of a run.
 
-    Returns:
+    Yields:
       Errors on the three splits, and the share that selection goes by.
     """
-    run = _make_run(settings.steps, settings.damping, task_of(problem), method)
-    return run(Setting(*map(np.float32, setting)), data)
+    problem, method = config.problem, config.method
+    data = data_for(config, problem, config.num_envs, method, seed)
+    run = _make_run(config.steps, config.damping, task_of(problem), method)
+    for setting in config.settings:
+        yield run(Setting(*map(np.float32, setting)), data)
 
 
 @functools.lru_cache(maxsize=4)

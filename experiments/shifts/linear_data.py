@@ -17,6 +17,7 @@ environment, so that they say nothing about the label.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,4 +186,9 @@ def _sample3(
 
 
 _LAWS = {1: _laws1, 2: _laws2, 3: _laws3}
-_SAMPLES = {1: _sample1, 2: _sample2, 3: _sample3}
+# From a stream, what is shared, an environment's own and a number of examples.
+_SAMPLES: dict[int, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
+    1: _sample1,
+    2: _sample2,
+    3: _sample3,
+}

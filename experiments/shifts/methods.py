@@ -34,6 +34,14 @@ class Whitening(NamedTuple):
     every: int
 
 
+class Adam(NamedTuple):
+    """Decays of Adam's moments, and what is added to its denominator."""
+
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
 class Setting(NamedTuple):
     """What is chosen for a method; both may be traced.
 
@@ -124,8 +132,8 @@ _spectral = _thresholded(lambda n: hardvary.spectral_and_mask(n))
 _drop = _thresholded(lambda n: hardvary.drop_disagreement(n))
 _gauss_newton = _thresholded(lambda n: hardvary.relative_gauss_newton(n))
 _THRESHOLDS = (0.8, 1.0)
-_ENERGIES = (0.9, 0.99, 0.999)
-_STRENGTHS = (10.0, 30.0, 100.0)
+_ENERGIES = (0.9, 0.99, 0.999, 0.9999)
+_STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1000.0)
 _WEIGHTS = (10.0, 30.0, 100.0, 1000.0, 10000.0)
 
 METHODS: dict[MethodName, Method] = {
@@ -247,6 +255,7 @@ def make_optimizer(
     num_envs: int,
     schedule: optax.Schedule,
     whitening: Whitening,
+    adam: Adam,
 ) -> optax.GradientTransformationExtraArgs:
     """From the gradients of all environments to an update.
 
@@ -256,13 +265,14 @@ def make_optimizer(
       num_envs: the number of environments.
       schedule: what the learning rate is multiplied by, as a function of the step.
       whitening: how inputs are whitened, for methods that do.
+      adam: for methods with Adam behind them.
 
     Returns:
       A transformation whose `update` takes `env_losses` and `baseline_losses`, [env].
     """
     rule = method.make(setting.number, num_envs)
     if method.optimizer == "adam":
-        rule = optax.chain(rule, optax.scale_by_adam())
+        rule = optax.chain(rule, optax.scale_by_adam(*adam))
     else:
         rule = optax.chain(rule, optax.scale_by_novograd(b1=0.9, b2=0.9))
     if method.whitened:

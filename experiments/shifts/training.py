@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import hardvary
-from experiments.shifts.methods import Method, Setting, Whitening, make_optimizer
+from experiments.shifts.methods import Adam, Method, Setting, Whitening, make_optimizer
 from hardvary.objectives import irm_penalty
 
 
@@ -18,7 +18,7 @@ class Examples(NamedTuple):
     """Features [env, example, ...] and labels [env, example]."""
 
     features: Any
-    labels: jax.Array
+    labels: Any
 
 
 class Task(NamedTuple):
@@ -66,6 +66,7 @@ def _rarer(labels: jax.Array) -> jax.Array:
 REGRESSION = Task(_squared, _squared_penalty, _squared, jnp.var, jnp.var)
 TWO_CLASSES = Task(_cross_entropy, irm_penalty, _wrong, _entropy, _rarer)
 
+DEFAULT_ADAM = Adam()
 # Parameters and features [example, ...] to outputs [example, ...].
 Apply = Callable[[Any, Any], jax.Array]
 
@@ -94,9 +95,10 @@ def make_steps(
     num_envs: int,
     schedule: optax.Schedule,
     whitening: Whitening,
+    adam: Adam = DEFAULT_ADAM,
 ) -> Steps:
     """The loop's body, pure, to be traced by whoever loops; see `make_optimizer`."""
-    optimizer = make_optimizer(method, setting, num_envs, schedule, whitening)
+    optimizer = make_optimizer(method, setting, num_envs, schedule, whitening, adam)
 
     def env_loss(params: Any, batch: Examples) -> tuple[jax.Array, jax.Array]:
         outputs = apply(params, batch.features)

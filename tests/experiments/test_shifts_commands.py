@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from experiments.common.cli import main
-from experiments.shifts import linear_commands
+from experiments.shifts import commands
 from experiments.shifts.__main__ import COMMANDS
+from experiments.shifts.commands import choose, summarize, summarize_trials
 from experiments.shifts.config import LINEAR_PRESETS, LinearConfig
-from experiments.shifts.linear_commands import choose, summarize, summarize_trials
 
 
 def shifts(*arguments):
@@ -81,22 +81,22 @@ def test_linear_smoke_prints_and_keeps_the_summary(linear, chosen, capsys):
 def test_linear_goes_on_with_the_runs_that_are_missing(linear, chosen, tmp_path):
     expected = (linear / "results.csv").read_bytes()
     out = tmp_path / "run"
-    made, train = [], linear_commands.train
+    seeds, train = [], commands.TRAIN["linear"]
 
-    def stop_in_the_third_run(*arguments):
-        made.append(arguments[1:3])
-        if len(made) == 6:
+    def stop_in_the_third_run(run, seed):
+        seeds.append(seed)
+        if len(seeds) == 6:
             raise KeyboardInterrupt
-        return train(*arguments)
+        return train(run, seed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_commands, "train", stop_in_the_third_run)
+        patch.setitem(commands.TRAIN, "linear", stop_in_the_third_run)
         assert shifts(*smoke(chosen), "--out", out) == 130
         assert not (out / "results.csv").exists()
-        made_before = len(made)
+        before = len(seeds)
         assert shifts(*smoke(chosen), "--out", out) == 0
-    # Two runs of two seeds each were finished.
-    assert len(made) - made_before == 4
+    # Of four runs of two seeds two were finished.
+    assert len(seeds) - before == 4
     assert (out / "results.csv").read_bytes() == expected
 
 
@@ -122,7 +122,8 @@ def test_linear_refuses_wrong_input_in_one_line(arguments, message, tmp_path, ca
     command = ("linear", "--preset", "smoke", *arguments, "--out", out)
     assert shifts(*command) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
     assert message in error
     assert not out.exists()
 
@@ -131,6 +132,26 @@ def test_linear_refuses_a_choice_without_the_method(chosen, tmp_path, capsys):
     command = (*smoke(chosen), "--methods", "averaging", "irm", "--out", tmp_path / "r")
     assert shifts(*command) == 2
     assert "lacks 'irm': make it with linear-choose" in capsys.readouterr().err
+
+
+def test_spirals_smoke_chooses_trains_and_draws(tmp_path):
+    choice, out = tmp_path / "choice", tmp_path / "run"
+    assert shifts("spirals-choose", "--preset", "smoke", "--out", choice) == 0
+    source = choice / "chosen.json"
+    command = ("spirals", "--preset", "smoke", "--chosen", source, "--out", out)
+    assert shifts(*command) == 0
+    rows = read_csv(out / "results.csv")
+    assert {row["problem"] for row in rows} == {"spirals", "spirals_rotated"}
+    assert {"train_0", "train_1", "test_0", "held_out_mean"} <= {
+        row["split"] for row in rows
+    }
+    assert (out / "spirals.png").stat().st_size > 10_000
+
+
+def test_spirals_refuses_the_oracle(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert shifts("spirals", "--methods", "oracle", "--out", out) == 2
+    assert "without oracle, which linear alone has" in capsys.readouterr().err
 
 
 def test_choose_takes_the_lowest_share_and_counts_what_diverged_as_worst():
@@ -160,7 +181,7 @@ def test_summarize_divides_by_the_oracle_seed_by_seed():
         }
         for method, errors in (("irm", (2.0, 6.0)), ("oracle", (1.0, 2.0)))
         for seed, error in enumerate(errors)
-        for split in ("test_mean", "test_worst", "train_mean")
+        for split in ("test_mean", "test_worst")
     ]
     irm, oracle = summarize(rows)
     assert (irm["error"], irm["worst_seed"], irm["over_oracle"]) == (4.0, 6.0, 2.5)

@@ -1,11 +1,11 @@
-"""The subcommands on linear problems: linear-choose and linear."""
+"""The subcommands: a choice of settings, and then all methods, on each shift."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,96 +24,82 @@ from experiments.common.files import write_json
 from experiments.common.parts import train_parts
 from experiments.common.run_dir import RunDir, RunDirError
 from experiments.common.tables import format_rows
+from experiments.shifts import linear as linear_training
+from experiments.shifts import spirals as spirals_training
 from experiments.shifts.config import (
     LinearChooseConfig,
     LinearConfig,
-    LinearSettings,
+    LinearRun,
     MethodName,
-    Problem,
-    linear_settings,
+    Settings,
+    SpiralsChooseConfig,
+    SpiralsConfig,
+    SpiralsRun,
 )
-from experiments.shifts.figures import draw_linear
-from experiments.shifts.linear import data_for, train
-from experiments.shifts.methods import METHODS, Setting
+from experiments.shifts.figures import draw_linear, draw_spirals
+from experiments.shifts.methods import METHODS
 
 EXPERIMENT = "shifts"
-RUN = f"{EXPERIMENT} linear run"
 RESULTS = "results.csv"
 TRIALS = "trials.csv"
 CHOSEN = "chosen.json"
-FIGURE = "linear"
-DRAWINGS: Drawings = {FIGURE: draw_linear}
+DRAWINGS: Drawings = {"linear": draw_linear, "spirals": draw_spirals}
 # What settings are chosen by; among the splits, as it is one number of each run.
 SHARE = "held_out_share"
 
 Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig(LinearSettings):
-    """One method on one problem: every setting on every seed."""
-
-    problem: Problem = "example1"
-    num_envs: int = 2
-    method: MethodName = "averaging"
-    settings: tuple[Setting, ...] = ()
-    seeds: tuple[int, int] = (0, 0)
-
-    @property
-    def name(self) -> str:
-        """Name among the runs of a command; also its directory."""
-        return f"{self.method}-envs{self.num_envs}-{self.problem}"
-
-
-def run_configs(
-    config: LinearConfig | LinearChooseConfig,
-    settings: dict[MethodName, tuple[Setting, ...]],
-) -> list[RunConfig]:
-    """All runs; those of a method and a number of environments in a row, as they share
-    what is compiled.
-    """
-    return [
-        RunConfig(
-            **linear_settings(config),
-            problem=problem,
-            num_envs=num_envs,
-            method=method,
-            settings=settings[method],
-            seeds=config.seeds,
-        )
-        for method, num_envs, problem in itertools.product(
-            config.methods, config.num_envs, config.problems
-        )
-    ]
+RunConfig = LinearRun | SpiralsRun
+# Trains a run's settings on a seed; for each the errors [env] by split, and the share
+# that selection goes by.
+Train = Callable[[Any, int], Iterable[tuple[Mapping[str, Any], Any]]]
+TRAIN: dict[str, Train] = {
+    "linear": linear_training.train,
+    "spirals": spirals_training.train,
+}
 
 
 def linear_choose(call: Invocation[LinearChooseConfig, WorkerOptions]) -> None:
-    """Chooses a setting for each method on held-out environments."""
+    """Chooses a setting for each method on the linear unit tests."""
+    _choose(call, "linear")
+
+
+def linear(call: Invocation[LinearConfig, FigureOptions]) -> None:
+    """All methods on the linear unit tests; a table and a figure."""
+    _compare(call, "linear")
+
+
+def spirals_choose(call: Invocation[SpiralsChooseConfig, WorkerOptions]) -> None:
+    """Chooses a setting for each method on the spirals."""
+    _choose(call, "spirals")
+
+
+def spirals(call: Invocation[SpiralsConfig, FigureOptions]) -> None:
+    """All methods on the spirals; a table and a figure."""
+    _compare(call, "spirals")
+
+
+def _run_name(shift: str) -> str:
+    return f"{EXPERIMENT} {shift} run"
+
+
+def _choose(call: Invocation[Any, WorkerOptions], shift: str) -> None:
     config, options = call.config, call.options
-    path = call.run_path(EXPERIMENT, f"linear-choose-{options.preset}")
-    settings = {
-        method: tuple(
-            Setting(*pair)
-            for pair in itertools.product(
-                config.learning_rates, METHODS[method].numbers
-            )
-        )
+    name = f"{shift}-choose"
+    path = call.run_path(EXPERIMENT, f"{name}-{options.preset}")
+    settings: Settings = {
+        method: tuple(itertools.product(config.learning_rates, METHODS[method].numbers))
         for method in config.methods
     }
     with entered(
         call,
         path,
-        f"{EXPERIMENT} linear-choose",
+        f"{EXPERIMENT} {name}",
         outputs=(RESULTS, TRIALS, CHOSEN),
-        parts=RUN,
+        parts=_run_name(shift),
     ) as run:
         if not run.finished:
-            rows = [
-                row
-                for row in _run_all(run, config, settings, call)
-                if row["split"] == SHARE
-            ]
-            trials = summarize_trials(rows)
+            rows = _run_all(run, config, settings, call, shift)
+            trials = summarize_trials([r for r in rows if r["split"] == SHARE])
             run.write_metrics(trials, TRIALS)
             chosen = choose(trials)
             write_json(run.path / CHOSEN, chosen)
@@ -162,50 +148,52 @@ def choose(trials: Sequence[Row]) -> dict[str, Row]:
     }
 
 
-def linear(call: Invocation[LinearConfig, FigureOptions]) -> None:
-    """All methods on the linear unit tests; a table and a figure."""
-    if redraw(call.options, DRAWINGS, (FIGURE,)):
+def _compare(call: Invocation[Any, FigureOptions], shift: str) -> None:
+    if redraw(call.options, DRAWINGS, (shift,)):
         return
     config, options = call.config, call.options
-    path = call.run_path(EXPERIMENT, f"linear-{options.preset}")
-    settings = load_chosen(config.chosen, config.methods)
-    identity = {
-        **dataclasses.asdict(config),
-        "chosen": {method: list(own[0]) for method, own in settings.items()},
-    }
+    path = call.run_path(EXPERIMENT, f"{shift}-{options.preset}")
+    settings = load_chosen(config.chosen, config.methods, shift)
+    identity = {**dataclasses.asdict(config), "chosen": settings}
     with figure_dir(
-        path, f"{EXPERIMENT} linear", call, identity, (FIGURE, "results"), RUN
+        path,
+        f"{EXPERIMENT} {shift}",
+        call,
+        identity,
+        (shift, f"{shift}_seeds", "results"),
+        _run_name(shift),
     ) as run:
         if not run.finished:
             rows = [
                 {name: row[name] for name in RESULT_COLUMNS}
-                for row in _run_all(run, config, settings, call)
+                for row in _run_all(run, config, settings, call, shift)
             ]
             run.write_metrics(rows, RESULTS)
-            table = summarize(rows)
-            finish_figures(run, DRAWINGS, {FIGURE: table}, {"results": table})
+            seeds = [row for row in rows if row["split"] in TESTED]
+            run.write_metrics(seeds, f"{shift}_seeds.csv")
+            table = summarize(seeds)
+            finish_figures(run, DRAWINGS, {shift: table}, {"results": table})
         print(format_summary(run.summary()["results"]))
         print(f"Every environment and seed: {run.path / RESULTS}")
-        print(f"Figure: {run.path / FIGURE}.png")
+        print(f"Figure: {run.path / shift}.png")
 
 
+TESTED = ("test_mean", "test_worst")
 RESULT_COLUMNS = ("problem", "num_envs", "method", "seed", "split", "error")
 
 
-def load_chosen(
-    source: str, methods: Sequence[MethodName]
-) -> dict[MethodName, tuple[Setting, ...]]:
-    """Each method's setting from the chosen.json of linear-choose.
+def load_chosen(source: str, methods: Sequence[MethodName], shift: str) -> Settings:
+    """Each method's setting from the chosen.json of the shift's choose.
 
     Raises:
       RunDirError: there is no such file, or not each method in it.
     """
-    mend = "make it with linear-choose"
+    mend = f"make it with {shift}-choose"
     try:
         chosen = json.loads(Path(source).read_text())
         return {
             method: (
-                Setting(
+                (
                     float(chosen[method]["learning_rate"]),
                     float(chosen[method]["number"]),
                 ),
@@ -213,22 +201,22 @@ def load_chosen(
             for method in methods
         }
     except (OSError, ValueError) as error:
-        raise RunDirError(f"chosen {source!r} cannot be read ({error}): {mend}") from (
-            None
-        )
+        message = f"chosen {source!r} cannot be read ({error}): {mend}"
     except (KeyError, TypeError) as error:
-        raise RunDirError(f"chosen {source!r} lacks {error}: {mend}") from None
+        message = f"chosen {source!r} lacks {error}: {mend}"
+    raise RunDirError(message)
 
 
 def _run_all(
     run: RunDir,
-    config: LinearConfig | LinearChooseConfig,
-    settings: dict[MethodName, tuple[Setting, ...]],
+    config: Any,
+    settings: Settings,
     call: Invocation[Any, Any],
+    shift: str,
 ) -> list[Row]:
     jobs = [
-        (run.path / each.name, each, call.command)
-        for each in run_configs(config, settings)
+        (run.path / each.name, each, call.command, shift)
+        for each in config.run_configs(settings)
     ]
     parts = train_parts(
         run, run_one, jobs, call.options.workers, one_worker_is_here=True
@@ -236,11 +224,11 @@ def _run_all(
     return [row for rows in parts for row in rows]
 
 
-def run_one(path: Path, config: RunConfig, command: str) -> list[Row]:
+def run_one(path: Path, config: RunConfig, command: str, shift: str) -> list[Row]:
     """The rows of a run: errors by setting, seed and split."""
-    with RunDir(path, RUN, config, command=command) as run:
+    with RunDir(path, _run_name(shift), config, command=command) as run:
         if not run.finished:
-            run.write_metrics(list(_rows(config)), RESULTS)
+            run.write_metrics(list(_rows(config, TRAIN[shift])), RESULTS)
             run.finish({})
         names = {
             "problem": config.problem,
@@ -250,13 +238,13 @@ def run_one(path: Path, config: RunConfig, command: str) -> list[Row]:
         return [{**names, **row} for row in read_table(run.path / RESULTS)]
 
 
-def _rows(config: RunConfig) -> Iterator[Row]:
+def _rows(config: RunConfig, train: Train) -> Iterator[Row]:
     first, last = config.seeds
     for seed in range(first, last + 1):
-        data = data_for(config, config.problem, config.num_envs, config.method, seed)
-        for setting in config.settings:
-            errors, share = train(config, config.problem, config.method, setting, data)
-            row = {**setting._asdict(), "seed": seed}
+        for setting, (errors, share) in zip(
+            config.settings, train(config, seed), strict=True
+        ):
+            row = {"learning_rate": setting[0], "number": setting[1], "seed": seed}
             for split, values in errors.items():
                 own = np.asarray(values, float)
                 named = {f"{split}_{env}": error for env, error in enumerate(own)}
@@ -271,13 +259,15 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
     With the mean over environments a bootstrap interval over seeds, and its ratio to
     the oracle's where that was trained.
+
+    Args:
+      rows: of each seed those with the splits `TESTED`.
     """
     errors: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for row in rows:
-        if row["split"] in ("test_mean", "test_worst"):
-            key = row["problem"], row["num_envs"], row["method"]
-            own = errors.setdefault(key, {"test_mean": [], "test_worst": []})
-            own[row["split"]].append(row["error"])
+        key = row["problem"], row["num_envs"], row["method"]
+        own = errors.setdefault(key, {split: [] for split in TESTED})
+        own[row["split"]].append(row["error"])
     table = []
     for (problem, num_envs, method), own in errors.items():
         means = np.array(own["test_mean"])
@@ -316,3 +306,25 @@ def format_summary(table: Sequence[Row]) -> str:
         "/ oracle": ("over_oracle", ">8.3f"),
     }
     return format_rows(columns, table)
+
+
+def format_markdown(table: Sequence[Row], problem: str, value: str = "error") -> str:
+    """Of one problem a line for each method and a column for each number of
+    environments: the value, and for errors the interval.
+    """
+    own = [row for row in table if row["problem"] == problem]
+    sizes = sorted({row["num_envs"] for row in own})
+    lines = [
+        "| method | " + " | ".join(f"{size:g} envs" for size in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in own):
+        cells = {row["num_envs"]: row for row in own if row["method"] == method}
+        shown = [
+            f"{cells[size][value]:.3f}"
+            if value == "over_oracle"
+            else "{error:.4f} ({low:.4f} to {high:.4f})".format(**cells[size])
+            for size in sizes
+        ]
+        lines.append(f"| {METHODS[method].label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
