@@ -1,0 +1,1 @@
+"""Shifts between environments: what helps, and what does not."""

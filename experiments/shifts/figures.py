@@ -1,0 +1,111 @@
+"""Figures of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.common.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    SKY_BLUE,
+    VERMILION,
+    use_style,
+)
+from experiments.shifts.methods import METHODS
+
+Row = Mapping[str, Any]
+
+# Of the methods that a figure shows; a table has the others.
+COLORS = {
+    "averaging": VERMILION,
+    "averaging_whitened": ORANGE,
+    "and_mask": BLUE,
+    "and_mask_whitened": SKY_BLUE,
+    "spectral_and_mask_whitened": GREEN,
+    "drop_disagreement_whitened": "0.55",
+    "relative_gauss_newton_whitened": "#8C6D31",
+    "irm": PINK,
+    "oracle": BLACK,
+}
+_TITLES = {
+    "example1": "Example 1",
+    "example2": "Example 2",
+    "example3": "Example 3",
+    "example1s": "Example 1, scrambled",
+    "example2s": "Example 2, scrambled",
+    "example3s": "Example 3, scrambled",
+}
+
+
+def draw_linear(rows: Sequence[Row]) -> Figure:
+    """Test errors against the number of environments, a panel for each problem."""
+    use_style()
+    problems = [name for name in _TITLES if any(r["problem"] == name for r in rows)]
+    methods = [name for name in COLORS if any(r["method"] == name for r in rows)]
+    columns = min(3, len(problems))
+    lines = -(-len(problems) // columns)
+    figure = Figure(figsize=(5.2 * columns, 4.0 * lines + 1.4), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for axes in panels.flat[len(problems) :]:
+        axes.set_axis_off()
+    for problem, axes in zip(problems, panels.flat, strict=False):
+        for method in methods:
+            own = [
+                row
+                for row in rows
+                if row["problem"] == problem and row["method"] == method
+            ]
+            own.sort(key=lambda row: row["num_envs"])
+            envs = [row["num_envs"] for row in own]
+            color = COLORS[method]
+            style = "--" if method == "oracle" else "-"
+            relative = own and all(row["over_oracle"] != "" for row in own)
+            if problem.startswith("example1") and relative:
+                # Errors differ from seed to seed far more than methods do.
+                ratios = [row["over_oracle"] for row in own]
+                axes.plot(envs, ratios, style, color=color, marker="o", ms=4)
+                axes.set_ylabel("Squared error on the test, oracle = 1")
+                continue
+            error, low, high = (
+                [row[name] for row in own] for name in ("error", "low", "high")
+            )
+            axes.plot(envs, error, style, color=color, marker="o", ms=4)
+            axes.fill_between(envs, low, high, color=color, alpha=0.15, lw=0)
+            axes.set_ylabel("Error on the test")
+        axes.set(title=_TITLES[problem], xlabel="Training environments")
+    lines_shown = panels.flat[0].get_lines()
+    labels = [METHODS[method].label for method in methods]
+    figure.legend(lines_shown, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_spirals(rows: Sequence[Row]) -> Figure:
+    """Test errors of every method as bars, on inputs as they are and rotated."""
+    use_style()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(9, 1.6 + 0.55 * len(methods)), layout="constrained")
+    axes = figure.add_subplot()
+    for offset, problem, color, label in (
+        (-0.2, "spirals", BLUE, "as they are"),
+        (0.2, "spirals_rotated", VERMILION, "rotated"),
+    ):
+        own = {row["method"]: row for row in rows if row["problem"] == problem}
+        places = [index + offset for index, m in enumerate(methods) if m in own]
+        error, low, high = (
+            [own[m][name] for m in methods if m in own]
+            for name in ("error", "low", "high")
+        )
+        axes.barh(places, error, 0.36, color=color, label=label)
+        axes.hlines(places, low, high, color="0.2", lw=1.5)
+    labels = [METHODS[method].label for method in methods]
+    axes.set_yticks(range(len(methods)), labels)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 0.6), xlabel="Error on the test (chance: 0.5)")
+    axes.legend(title="Inputs", loc="lower right")
+    return figure

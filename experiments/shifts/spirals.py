@@ -1,0 +1,149 @@
+"""Training on the paper's spirals, as they are and with rotated inputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.common.networks import Params
+from experiments.common.settings import fields_of
+from experiments.shifts.config import (
+    MethodName,
+    SpiralsProblem,
+    SpiralsRun,
+    SpiralsSettings,
+)
+from experiments.shifts.linear_data import random_rotation
+from experiments.shifts.methods import METHODS, Adam, Setting, Whitening
+from experiments.shifts.training import (
+    TWO_CLASSES,
+    Examples,
+    State,
+    make_steps,
+    share_of_baseline,
+)
+from experiments.synthetic.data import MECHANISM_DIMS, Dataset, Split, make_dataset
+from experiments.synthetic.model import Architecture, init_variables, make_apply
+
+# As in `experiments.synthetic`.
+ADAM = Adam(0.9, 0.9, 1e-15)
+# The rotations of the inputs, apart from all that a seed draws otherwise.
+_TURNS = 7
+
+
+def data_for(settings: SpiralsSettings, problem: SpiralsProblem, seed: int) -> Dataset:
+    """The splits of `experiments.synthetic.data`, inputs rotated alike in all."""
+    dataset = make_dataset(
+        jax.random.fold_in(jax.random.key(seed), 0),
+        settings.num_envs,
+        settings.examples_per_env,
+        settings.shortcut_dims,
+        settings.shortcut_std,
+        settings.revolutions,
+    )
+    if problem == "spirals":
+        return dataset
+    rng = np.random.default_rng([seed, _TURNS])
+    turn = random_rotation(rng, MECHANISM_DIMS + settings.shortcut_dims)
+    turn = turn.astype(np.float32)
+
+    def turned(split: Split) -> Split:
+        features = jnp.matmul(split.features, turn, precision=jax.lax.Precision.HIGHEST)
+        return Split(features, split.labels)
+
+    return Dataset(*map(turned, dataset))
+
+
+def train(
+    config: SpiralsRun, seed: int
+) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
+    """Trains from the initial weights that the seed draws, with each setting of a run.
+
+    Yields:
+      Errors [env] on training, held-out and (as one environment) test examples, and
+      the share that selection goes by.
+    """
+    settings = SpiralsSettings(**fields_of(config, SpiralsSettings))
+    dataset = data_for(settings, config.problem, seed)
+    run = _make_run(settings, config.method)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    for setting in config.settings:
+        yield run(Setting(*map(np.float32, setting)), dataset, key)
+
+
+@functools.lru_cache(maxsize=4)
+def _make_run(settings: SpiralsSettings, method: MethodName) -> Any:
+    architecture = Architecture(
+        MECHANISM_DIMS + settings.shortcut_dims,
+        settings.hidden_units,
+        settings.hidden_layers,
+    )
+    forward = make_apply(architecture)
+    steps_per_epoch = settings.examples_per_env // settings.batch_size
+    schedule = optax.cosine_decay_schedule(1.0, settings.epochs * steps_per_epoch)
+    whitening = Whitening(settings.damping, decay=0.95, every=10)
+
+    @jax.jit
+    def run(
+        setting: Setting, dataset: Dataset, key: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        model_key, order_key = jax.random.split(key)
+        initial = init_variables(model_key, architecture)
+
+        def apply(params: Params, features: jax.Array) -> jax.Array:
+            return forward(initial._replace(params=params), features)
+
+        loop = make_steps(
+            TWO_CLASSES,
+            apply,
+            METHODS[method],
+            setting,
+            settings.num_envs,
+            schedule,
+            whitening,
+            ADAM,
+        )
+        train = Examples(*dataset.train)
+
+        def step(state: State, rows: jax.Array) -> tuple[State, None]:
+            batch = jax.vmap(lambda env, own: jax.tree.map(lambda x: x[own], env))(
+                train, rows
+            )
+            return loop.step(state, batch)[0], None
+
+        def epoch(state: State, key: jax.Array) -> tuple[State, None]:
+            keys = jax.random.split(key, settings.num_envs)
+            order = jax.vmap(
+                lambda key: jax.random.permutation(key, settings.examples_per_env)
+            )(keys)
+            order = order[:, : steps_per_epoch * settings.batch_size]
+            shape = (settings.num_envs, steps_per_epoch, settings.batch_size)
+            return jax.lax.scan(step, state, order.reshape(shape).swapaxes(0, 1))
+
+        state = loop.init(initial.params)
+        keys = jax.random.split(order_key, settings.epochs)
+        params = jax.lax.scan(epoch, state, keys)[0].params
+
+        def errors(split: Split) -> jax.Array:
+            return jax.vmap(
+                lambda env: TWO_CLASSES.error(apply(params, env.features), env.labels)
+            )(split)
+
+        test = jax.tree.map(lambda leaf: leaf[None], dataset.test)
+        # Few examples in each of many environments: as one.
+        held_out = jax.tree.map(
+            lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), dataset.held_out
+        )
+        return {
+            "train": errors(dataset.train),
+            "held_out": errors(dataset.held_out),
+            "test": errors(test),
+        }, share_of_baseline(TWO_CLASSES, apply, params, Examples(*held_out))
+
+    return run

@@ -1,0 +1,57 @@
+"""The claims of docs/results/shifts.md, from the committed CSV."""
+
+import json
+
+import pytest
+
+from experiments.common.figures import read_table
+from experiments.shifts import commands
+from experiments.shifts.commands import format_markdown, summarize
+from tests.experiments.conftest import ROOT
+
+RESULTS = ROOT / "docs" / "results" / "shifts"
+PAGE = (RESULTS.parent / "shifts.md").read_text()
+TABLES = [path.stem for path in sorted(RESULTS.glob("*.csv")) if "_" not in path.stem]
+
+
+def table(name):
+    return read_table(RESULTS / f"{name}.csv")
+
+
+@pytest.mark.parametrize(
+    ("problem", "value"),
+    [
+        ("example1s", "over_oracle"),
+        ("example2s", "error"),
+        ("example3s", "error"),
+    ],
+)
+def test_tables_of_scrambled_problems_are_of_the_committed_runs(problem, value):
+    assert format_markdown(table("linear"), problem, value) in PAGE
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_summary_is_of_the_committed_seeds(name):
+    found = summarize(table(f"{name}_seeds"))
+    for row, kept in zip(found, table(name), strict=True):
+        for column, value in kept.items():
+            if isinstance(value, str):
+                assert row[column] == value
+            else:
+                assert row[column] == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_committed_tables_draw_their_figures(name, tmp_path):
+    assert (RESULTS / f"{name}.png").stat().st_size > 10_000
+    commands.DRAWINGS[name](table(name)).savefig(tmp_path / "f.png")
+
+
+def test_settings_were_chosen_for_every_method_that_is_reported():
+    chosen = json.loads((RESULTS / "linear_chosen.json").read_text())
+    assert {row["method"] for row in table("linear")} <= chosen.keys()
+
+
+def test_committed_results_are_small():
+    for path in RESULTS.rglob("*"):
+        assert path.stat().st_size < 1_000_000, path
