@@ -80,9 +80,9 @@ def grid_inconsistency(
 
     Example:
       >>> import jax.numpy as jnp, hardvary
-      >>> x = jnp.linspace(-2.0, 2.0, 401)
+      >>> x = jnp.linspace(-2.0, 2.0, 101)
       >>> losses = jnp.stack([0.5 * x**2, 2.0 * x**2])  # curvatures 1 and 4
-      >>> found = hardvary.consistency.grid_inconsistency(losses, 200, 0.1)
+      >>> found = hardvary.consistency.grid_inconsistency(losses, 50, 0.1)
       >>> round(float(found.score), 2), found.pair.tolist()  # exactly: 4 epsilon
       (0.39, [0, 1])
 
