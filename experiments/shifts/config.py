@@ -63,8 +63,6 @@ NETWORK_METHODS: tuple[MethodName, ...] = (
     "drop_disagreement_whitened",
     "relative_gauss_newton_whitened",
     "upgrad_whitened",
-    "irm",
-    "vrex",
 )
 # By method: pairs of a learning rate and the method's own number.
 Settings = Mapping[MethodName, tuple[tuple[float, float], ...]]
@@ -260,7 +258,7 @@ class SpiralsChooseConfig(SpiralsSettings):
     """The inputs, which count alike."""
     methods: tuple[MethodName, ...] = NETWORK_METHODS
     """The methods."""
-    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    learning_rates: tuple[float, ...] = (0.01, 0.03)
     """Initial learning rates to choose from, with each value of a method's own
     number."""
     seeds: tuple[int, int] = (1000, 1000)

@@ -80,7 +80,7 @@ def draw_linear(rows: Sequence[Row]) -> Figure:
             axes.set_ylabel("Error on the test")
         axes.set(title=_TITLES[problem], xlabel="Training environments")
     lines_shown = panels.flat[0].get_lines()
-    labels = [METHODS[method].label for method in methods]
+    labels = [METHODS[method].label for method in methods]  # type: ignore[index]
     figure.legend(lines_shown, labels, loc="outside lower center", ncols=3)
     return figure
 
@@ -107,5 +107,5 @@ def draw_spirals(rows: Sequence[Row]) -> Figure:
     axes.set_yticks(range(len(methods)), labels)
     axes.invert_yaxis()
     axes.set(xlim=(0, 0.6), xlabel="Error on the test (chance: 0.5)")
-    axes.legend(title="Inputs", loc="lower right")
+    figure.legend(title="Inputs", loc="outside lower center", ncols=2)
     return figure

@@ -34,12 +34,19 @@ class Whitening(NamedTuple):
     every: int
 
 
-class Adam(NamedTuple):
-    """Decays of Adam's moments, and what is added to its denominator."""
+class Recipe(NamedTuple):
+    """What all methods of a shift have in common.
+
+    `b1`, `b2` and `eps` are Adam's. `l2` is added before its moments: however small, it
+    becomes the whole step of weights whose gradient a mask has taken. `weight_decay` is
+    what replaces it behind steps of a whole layer, added to them.
+    """
 
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    l2: float = 0.0
+    weight_decay: float = 0.0
 
 
 class Setting(NamedTuple):
@@ -255,7 +262,7 @@ def make_optimizer(
     num_envs: int,
     schedule: optax.Schedule,
     whitening: Whitening,
-    adam: Adam,
+    recipe: Recipe,
 ) -> optax.GradientTransformationExtraArgs:
     """From the gradients of all environments to an update.
 
@@ -265,20 +272,26 @@ def make_optimizer(
       num_envs: the number of environments.
       schedule: what the learning rate is multiplied by, as a function of the step.
       whitening: how inputs are whitened, for methods that do.
-      adam: for methods with Adam behind them.
+      recipe: of the shift.
 
     Returns:
       A transformation whose `update` takes `env_losses` and `baseline_losses`, [env].
     """
     rule = method.make(setting.number, num_envs)
     if method.optimizer == "adam":
-        rule = optax.chain(rule, optax.scale_by_adam(*adam))
+        rule = optax.chain(
+            rule,
+            optax.add_decayed_weights(recipe.l2),
+            optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps),
+        )
     else:
         rule = optax.chain(rule, optax.scale_by_novograd(b1=0.9, b2=0.9))
     if method.whitened:
         # The optimizer inside: the length of a layer's update is then one that no
         # basis of the inputs changes.
         rule = hardvary.whiten_inputs(rule, **whitening._asdict())
+    if method.optimizer == "layer":
+        rule = optax.chain(rule, optax.add_decayed_weights(recipe.weight_decay))
     return optax.chain(
         rule,
         optax.scale_by_schedule(schedule),

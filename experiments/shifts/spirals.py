@@ -20,7 +20,7 @@ from experiments.shifts.config import (
     SpiralsSettings,
 )
 from experiments.shifts.linear_data import random_rotation
-from experiments.shifts.methods import METHODS, Adam, Setting, Whitening
+from experiments.shifts.methods import METHODS, Recipe, Setting, Whitening
 from experiments.shifts.training import (
     TWO_CLASSES,
     Examples,
@@ -31,8 +31,8 @@ from experiments.shifts.training import (
 from experiments.synthetic.data import MECHANISM_DIMS, Dataset, Split, make_dataset
 from experiments.synthetic.model import Architecture, init_variables, make_apply
 
-# As in `experiments.synthetic`.
-ADAM = Adam(0.9, 0.9, 1e-15)
+# Adam as in `experiments.synthetic`.
+RECIPE = Recipe(0.9, 0.9, 1e-15, l2=1e-7, weight_decay=0.1)
 # The rotations of the inputs, apart from all that a seed draws otherwise.
 _TURNS = 7
 
@@ -107,7 +107,7 @@ def _make_run(settings: SpiralsSettings, method: MethodName) -> Any:
             settings.num_envs,
             schedule,
             whitening,
-            ADAM,
+            RECIPE,
         )
         train = Examples(*dataset.train)
 

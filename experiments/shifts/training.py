@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import optax
 
 import hardvary
-from experiments.shifts.methods import Adam, Method, Setting, Whitening, make_optimizer
+from experiments.shifts.methods import (
+    Method,
+    Recipe,
+    Setting,
+    Whitening,
+    make_optimizer,
+)
 from hardvary.objectives import irm_penalty
 
 
@@ -66,7 +72,7 @@ def _rarer(labels: jax.Array) -> jax.Array:
 REGRESSION = Task(_squared, _squared_penalty, _squared, jnp.var, jnp.var)
 TWO_CLASSES = Task(_cross_entropy, irm_penalty, _wrong, _entropy, _rarer)
 
-DEFAULT_ADAM = Adam()
+DEFAULT_RECIPE = Recipe()
 # Parameters and features [example, ...] to outputs [example, ...].
 Apply = Callable[[Any, Any], jax.Array]
 
@@ -95,10 +101,10 @@ def make_steps(
     num_envs: int,
     schedule: optax.Schedule,
     whitening: Whitening,
-    adam: Adam = DEFAULT_ADAM,
+    recipe: Recipe = DEFAULT_RECIPE,
 ) -> Steps:
     """The loop's body, pure, to be traced by whoever loops; see `make_optimizer`."""
-    optimizer = make_optimizer(method, setting, num_envs, schedule, whitening, adam)
+    optimizer = make_optimizer(method, setting, num_envs, schedule, whitening, recipe)
 
     def env_loss(params: Any, batch: Examples) -> tuple[jax.Array, jax.Array]:
         outputs = apply(params, batch.features)

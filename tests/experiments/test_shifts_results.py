@@ -30,6 +30,11 @@ def test_tables_of_scrambled_problems_are_of_the_committed_runs(problem, value):
     assert format_markdown(table("linear"), problem, value) in PAGE
 
 
+@pytest.mark.parametrize("problem", ["spirals", "spirals_rotated"])
+def test_tables_of_spirals_are_of_the_committed_runs(problem):
+    assert format_markdown(table("spirals"), problem) in PAGE
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_summary_is_of_the_committed_seeds(name):
     found = summarize(table(f"{name}_seeds"))
@@ -48,8 +53,9 @@ def test_committed_tables_draw_their_figures(name, tmp_path):
 
 
 def test_settings_were_chosen_for_every_method_that_is_reported():
-    chosen = json.loads((RESULTS / "linear_chosen.json").read_text())
-    assert {row["method"] for row in table("linear")} <= chosen.keys()
+    for name in TABLES:
+        chosen = json.loads((RESULTS / f"{name}_chosen.json").read_text())
+        assert {row["method"] for row in table(name)} <= chosen.keys()
 
 
 def test_committed_results_are_small():
