@@ -66,8 +66,9 @@ def relative_gauss_newton(
       losses that are not         NaN: a baseline has to be positive, too
       positive
       gradients that are equal    the mean of relative gradients
-      gradients nearly equal,     a step as long as strength * difference / spread, to
-      losses that differ          be clipped inside the whitening or behind
+      gradients nearly equal,     a step as long as strength * difference / spread, at
+      losses that differ          most 1 / eps times the mean: clip it, inside the
+                                  whitening or behind
       ==========================  ==================================================
 
     Example:
@@ -108,6 +109,11 @@ def relative_gauss_newton(
         strength = jnp.where(variance > 0, strength, 0)
         # In the gradients' own units: what weighs losses against gradients has one.
         factor = strength / safe / inner.length / inner.length
+        # Where gradients vanish and losses differ it has no bound; beyond this one the
+        # mean is rounding next to it.
+        largest = jnp.max(jnp.abs(residuals))
+        bound = 1 / (jnp.finfo(safe.dtype).eps * jnp.where(largest > 0, largest, 1))
+        factor = jnp.where(largest > 0, jnp.minimum(factor, bound), 0)
         pull = factor * shares * residuals
         components = found.mean + jnp.sum(pull[:, None] * found.deviations, axis=0)
         damped = strength * found.spectrum / safe

@@ -183,6 +183,16 @@ def test_a_loss_of_zero_stays_finite(name):
     assert np.all(np.isfinite(update))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e-20, 1e-30])
+def test_relative_gauss_newton_stays_finite_where_gradients_vanish(size):
+    rows, losses, baselines = (x.astype(np.float32) for x in draw(seed=8))
+    for own in (losses, losses * np.float32(size), np.ones_like(losses)):
+        update, _ = jitted("relative_gauss_newton")(
+            rows * np.float32(size), own, baselines
+        )
+        assert np.all(np.isfinite(update))
+
+
 def test_spectral_mask_keeps_what_environments_agree_on():
     # Nothing to differ in, one axis with both signs, one with the same.
     rows = np.array([[2, 3, 1], [2, -2, 1], [2, 3, 5], [2, -2, 5]], np.float32)
