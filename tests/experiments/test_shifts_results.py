@@ -30,12 +30,16 @@ def test_tables_of_scrambled_problems_are_of_the_committed_runs(problem, value):
     assert format_markdown(table("linear"), problem, value) in PAGE
 
 
+def test_table_of_plain_problems_is_of_the_committed_runs():
+    assert format_markdown(table("plain/linear"), "example3") in PAGE
+
+
 @pytest.mark.parametrize("problem", ["spirals", "spirals_rotated"])
 def test_tables_of_spirals_are_of_the_committed_runs(problem):
     assert format_markdown(table("spirals"), problem) in PAGE
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [*TABLES, "plain/linear"])
 def test_summary_is_of_the_committed_seeds(name):
     found = summarize(table(f"{name}_seeds"))
     for row, kept in zip(found, table(name), strict=True):
