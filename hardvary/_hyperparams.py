@@ -59,6 +59,26 @@ def check_number(name: str, value: Any) -> ArrayLike | None:
     return value
 
 
+def check_share(name: str, value: Any, what: str) -> None:
+    """Raises unless one number lies in [0, 1], as far as it is known.
+
+    Args:
+      name: the argument, for messages.
+      value: see `check_number`.
+      what: that the share is of.
+
+    Raises:
+      TypeError: neither a real scalar nor a schedule.
+      ValueError: a number outside [0, 1], or NaN.
+    """
+    known = check_number(name, value)
+    share = None if known is None else _validate.concrete_value(known)
+    if share is not None and not 0.0 <= share <= 1.0:
+        raise ValueError(
+            f"{name} must lie in [0, 1]: it is the share of {what}, got {share}"
+        )
+
+
 def _checked_numbers(
     name: str, value: PyTree, rule: str
 ) -> Iterator[tuple[str, ArrayLike]]:

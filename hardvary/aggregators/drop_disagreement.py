@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from hardvary import _hyperparams, _validate
+from hardvary import _hyperparams
 from hardvary._env_grads.disagreement import Directions
 from hardvary._typing import AxisName
 from hardvary.aggregators.removal import of_directions
@@ -70,13 +70,8 @@ def drop_disagreement(
     Warning:
       Must come first in an `optax.chain`.
     """
-    number = _hyperparams.check_number("energy", energy)
-    share = None if number is None else _validate.concrete_value(number)
-    if share is not None and not 0.0 <= share <= 1.0:
-        raise ValueError(
-            "energy must lie in [0, 1]: it is the share of the variance between "
-            f"environments that is taken out, got {share}"
-        )
+    what = "the variance between environments that is taken out"
+    _hyperparams.check_share("energy", energy, what)
 
     def kept(found: Directions, shares: jax.Array, energy: ArrayLike) -> jax.Array:
         del shares

@@ -81,13 +81,7 @@ def grad_vac(
     """
     _validate.prng_key("seed", seed)
     number = _validate.whole_number("num_envs", num_envs, 1)
-    known = _hyperparams.check_number("beta", beta)
-    share = None if known is None else _validate.concrete_value(known)
-    if share is not None and not 0.0 <= share <= 1.0:
-        raise ValueError(
-            "beta must lie in [0, 1]: it is the share of a new cosine in its moving "
-            f"average, got {share}"
-        )
+    _hyperparams.check_share("beta", beta, "a new cosine in its moving average")
 
     def rule(
         gramian: jax.Array,
