@@ -159,9 +159,9 @@ def iga_penalty(stats: PyTree) -> jax.Array:
         environments.
 
     Returns:
-      A scalar, at least float32. It is a difference: known to the rounding of the
-      gradients' squares, and slightly below 0 where all environments have the same
-      gradient.
+      A scalar, at least float32. As a difference it is known to the rounding of the
+      gradients' squares, and may be slightly below 0 where all environments have the
+      same gradient.
 
     Raises:
       TypeError: a leaf that is no `GradStats`.
