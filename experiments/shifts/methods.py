@@ -135,9 +135,9 @@ def _plain(rule: Callable[[], Any]) -> Make:
 
 
 _and_mask = _thresholded(hardvary.and_mask)
-_spectral = _thresholded(lambda n: hardvary.spectral_and_mask(n))
-_drop = _thresholded(lambda n: hardvary.drop_disagreement(n))
-_gauss_newton = _thresholded(lambda n: hardvary.relative_gauss_newton(n))
+_spectral = _thresholded(hardvary.spectral_and_mask)
+_drop = _thresholded(hardvary.drop_disagreement)
+_gauss_newton = _thresholded(hardvary.relative_gauss_newton)
 _THRESHOLDS = (0.8, 1.0)
 _ENERGIES = (0.9, 0.99, 0.999, 0.9999)
 _STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1000.0)

@@ -64,6 +64,7 @@ class Source(abc.ABC):
         """`[input, input]`, second moment of these inputs, summed over environments.
 
         The mean over the rows of an environment, times its weight, at least float32.
+        This and the next two are asked only where `num_inputs` is known.
         """
         raise NotImplementedError
 
