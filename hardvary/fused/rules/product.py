@@ -119,7 +119,10 @@ def _outer(
 def _sum_of_signs(
     use: Use, data: jax.Array, cotangent: jax.Array, dtype: Any
 ) -> jax.Array:
-    """Sums the signs of the products of all environments, as `_outer` does."""
+    """Sums the signs of the products of all environments, as `_outer` does.
+
+    Where a product is not finite the sum is of no meaning: `sums` makes it NaN.
+    """
     if not sharding.on_cpu():
         # bfloat16 holds signs exactly, NaN too, and the sums are in a wide type.
         left, right = (
@@ -150,7 +153,8 @@ def _sum_of_signs(
 def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
     """`_sum_of_signs` in float32, 32 environments in a word.
 
-    A CPU multiplies 8 or 16 numbers at once, and so many times 32 signs.
+    A CPU multiplies 8 or 16 numbers at once, and so many times 32 signs. A factor that
+    is not finite counts as its sign does.
     """
     mine_contract, mine_batch, contract, batch, free = sides(use)
     num_batch, ndim = len(batch), use.eqn.invars[use.side].aval.ndim
@@ -169,40 +173,32 @@ def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
         at = len(shape) if is_left else 1 + num_batch
         return words.reshape(*shape[:at], *ones, *shape[at:])
 
-    nonzero, negative, broken = zip(_pack(left), _pack(right), strict=True)
-    nonzero, negative, broken = (
-        (spread(of_left, True), spread(of_right, False))
-        for of_left, of_right in (nonzero, negative, broken)
-    )
+    packed = _packed([left != 0, left < 0, right != 0, right < 0])
+    left_nonzero, left_negative = (spread(words, True) for words in packed[:2])
+    right_nonzero, right_negative = (spread(words, False) for words in packed[2:])
     total = jnp.zeros((), jnp.int32)
-    for word in range(len(nonzero[0])):
-        both = nonzero[0][word] & nonzero[1][word]
-        differ = (negative[0][word] ^ negative[1][word]) & both
+    for word in range(len(left_nonzero)):
+        both = left_nonzero[word] & right_nonzero[word]
+        differ = (left_negative[word] ^ right_negative[word]) & both
         total += jax.lax.population_count(both).astype(jnp.int32)
         total -= 2 * jax.lax.population_count(differ).astype(jnp.int32)
-    product = jnp.where(broken[0][0] | broken[1][0], jnp.nan, total.astype(jnp.float32))
     axes = [*mine_batch, *mine_contract, *mine_free]
+    product = total.astype(jnp.float32)
     return jnp.transpose(product, [axes.index(axis) for axis in range(ndim)])
 
 
-def _pack(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Signs, 32 environments in a word: not zero; negative; and `[1, ...]`, any NaN."""
-    # Sums of powers of two, half a word at a time, are exact in float32, and a matrix
-    # product is the fastest way to them.
-    num_halves = 2 * -(-len(factor) // 32)
-    powers = np.zeros((num_halves, len(factor)), np.float32)
-    for env in range(len(factor)):
-        powers[env // 16, env] = 2.0 ** (env % 16)
-
-    def halves(bits: jax.Array) -> jax.Array:
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.tensordot(powers, bits, axes=1, precision=highest)
-
-    def words(halves: jax.Array) -> jax.Array:
-        low, high = halves[0::2], halves[1::2]
-        return low.astype(jnp.uint32) | (high.astype(jnp.uint32) << 16)
-
-    sign = sign_or_nan(factor).astype(jnp.float32)
-    # NaN * NaN is NaN and reaches every word.
-    nonzero, negative = halves(sign * sign), halves((sign < 0).astype(jnp.float32))
-    return words(nonzero), words(negative), jnp.isnan(nonzero[:1])
+def _packed(masks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Masks `[env, ...]` as words `[word, ...]` of 32 environments."""
+    num_envs, shapes = len(masks[0]), [mask.shape[1:] for mask in masks]
+    # Side by side, so that one sum packs them all. XLA would take anything else that
+    # it can fuse into the loop over the parameter, and pack anew for each component.
+    bits = jnp.concatenate([mask.reshape(num_envs, -1) for mask in masks], axis=1)
+    bits = jnp.pad(bits, ((0, -num_envs % 32), (0, 0)))
+    bits = bits.reshape(-1, 32, bits.shape[1]).astype(jnp.uint32)
+    shifts = np.arange(32, dtype=np.uint32)[None, :, None]
+    words = jnp.sum(bits << shifts, axis=1, dtype=jnp.uint32)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    return [
+        part.reshape(len(words), *shape)
+        for part, shape in zip(jnp.split(words, ends, axis=1), shapes, strict=True)
+    ]
