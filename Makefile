@@ -1,7 +1,9 @@
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.demo-ready
 GAME_READY := $(VENV)/.coinrun-ready
 TORCH_VENV := .venv-torch
 TORCH_READY := $(TORCH_VENV)/.ready
@@ -16,22 +18,25 @@ help:  ## Show this list.
 
 venv: $(READY)  ## Create .venv with the pinned packages.
 
-$(READY): requirements.txt setup.cfg pyproject.toml
+$(DEMO_READY): requirements-demo.txt setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "$(PYTHON) not found: install Python 3.11 or run make PYTHON=/path/to/python"; \
 	  exit 1; }
-	@echo "Creating $(VENV) (once; a minute or two)"
+	@echo "Creating $(VENV) (once; less than a minute)"
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(RUN) -m pip install --quiet --disable-pip-version-check \
-	  --no-deps --no-build-isolation --editable .
+	@$(PIP) --no-compile -r requirements-demo.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(READY): requirements.txt $(DEMO_READY)
+	@echo "Installing what tests and documentation need (once; a minute)"
+	@$(PIP) -r requirements.txt
 	@touch $@
 
 coinrun: $(GAME_READY)  ## Install CoinRun into .venv (Linux, x86-64, Python 3.11).
 
 $(GAME_READY): requirements-coinrun.txt $(READY)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check \
-	  --no-deps --only-binary procgen2 -r requirements-coinrun.txt || { \
+	@$(PIP) --no-deps --only-binary procgen2 -r requirements-coinrun.txt || { \
 	  echo "CoinRun is not installed: see pip's message above. Its package procgen2 has no"; \
 	  echo "build for every platform; Linux on x86-64 with Python 3.11 is what was tried."; \
 	  echo "Everything but experiments.coinrun works without it."; \
@@ -39,8 +44,8 @@ $(GAME_READY): requirements-coinrun.txt $(READY)
 	@$(RUN) -c "from experiments.coinrun.game import require_game; require_game()"
 	@touch $@
 
-demo: $(READY)  ## Train with plain averaging and with the AND-mask; draw the figure.
-	$(RUN) -m experiments.synthetic compare --out runs/demo
+demo: $(DEMO_READY)  ## Train with plain averaging and with the AND-mask; draw the figure.
+	$(RUN) -m experiments.synthetic compare --fitted-epochs 10 --out runs/demo
 
 test: lint  ## Lint, check types, run all tests.
 	$(RUN) -m pytest -n 2

@@ -34,6 +34,7 @@ def run_epochs(
     checkpoint_every: int = 1,
     progress: Mapping[str, tuple[str, str]] | None = None,
     title: str = "",
+    done: Callable[[Sequence[Mapping[str, float]]], bool] | None = None,
 ) -> tuple[State, list[dict[str, float]]]:
     """Trains from the last checkpoint, if any, to the end of the last epoch.
 
@@ -53,6 +54,7 @@ def run_epochs(
       progress: what the progress bar shows: label -> (metric, format); no bar
         without it.
       title: what the progress bar is called.
+      done: whether a run ends with the last of these epochs, before `num_epochs`.
 
     Returns:
       The final state, and one row per epoch: `epoch` (from 1) and the metrics.
@@ -62,10 +64,14 @@ def run_epochs(
         Ctrl-C raises KeyboardInterrupt at once; the last checkpoint stays good.
     """
     checkpoints = Checkpoints(run.path / CHECKPOINT)
-    done, state, history = _restore(run, checkpoints, state)
+    first, state, history = _restore(run, checkpoints, state)
+
+    def ends() -> bool:
+        return len(history) == num_epochs or (done is not None and done(history))
+
     bar = tqdm(
         total=num_epochs,
-        initial=done,
+        initial=first,
         desc=title,
         disable=progress is None,
         unit="epoch",
@@ -73,7 +79,10 @@ def run_epochs(
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     )
     with bar, contextlib.closing(checkpoints), _interrupt_flag() as interrupted:
-        for epoch in range(done, num_epochs):
+        last = first > 0 and ends()
+        for epoch in range(first, num_epochs):
+            if last:
+                break
             state, found = epoch_fn(state, epoch)
             values = jax.device_get(dict(found))
             # As metrics.csv has them: resumed or not, the history is the same.
@@ -85,7 +94,7 @@ def run_epochs(
             }
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            last = epoch + 1 == num_epochs
+            last = ends()
             if interrupted.is_set() and not last:
                 tqdm.write(
                     f"Saving epoch {epoch + 1}; Ctrl-C again stops at once.",

@@ -618,7 +618,7 @@ def _train(
             {
                 "method": config.method,
                 "seed": config.seed,
-                "epochs": config.epochs,
+                "epochs": len(trained.history),
                 **{name: final[name] for name in METRICS},
             }
         )

@@ -104,6 +104,9 @@ class Settings:
     """Share of hidden units that are left out of a step."""
     epochs: int = 300
     """Passes over the training data."""
+    fitted_epochs: int = 0
+    """End once the training accuracy has been above 99.5 % for so many epochs in a row;
+    0: after all epochs."""
     batch_size: int = 128
     """Examples per step from each environment."""
     optimizer: Optimizer = "adam"
@@ -187,6 +190,7 @@ class Settings:
             "l1",
             "weight_decay",
             "penalty_weight",
+            "fitted_epochs",
             "penalty_annealing",
             "reversal_scale",
             "dro_step_size",
@@ -308,6 +312,7 @@ class SearchConfig(Settings):
     hidden_layers: Hidden[int] = 3
     batch_norm: Hidden[bool] = False
     dropout: Hidden[float] = 0.0
+    fitted_epochs: Hidden[int] = 0
     batch_size: Hidden[int] = 128
     optimizer: Hidden[Optimizer] = "adam"
     learning_rate: Hidden[float] = 1e-2

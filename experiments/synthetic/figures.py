@@ -105,14 +105,16 @@ def draw_seeds(method: str, curves: Sequence[Sequence[float]], solved: float) ->
 
     Args:
       method: the method that was trained.
-      curves: accuracies by epoch, one curve for each seed, equally long.
+      curves: accuracies by epoch, one curve for each seed. One that ends early stays
+        where it ended.
       solved: the accuracy from which on a seed counts as solved.
     """
     use_style()
     figure = Figure(figsize=(9, 4.8), layout="tight")
     axes = figure.add_subplot()
-    accuracies = np.asarray(curves)
-    epochs = np.arange(1, accuracies.shape[1] + 1)
+    longest = max(map(len, curves))
+    accuracies = np.asarray([np.pad(c, (0, longest - len(c)), "edge") for c in curves])
+    epochs = np.arange(1, longest + 1)
     color = METHOD_COLORS[method]
     axes.plot(epochs, accuracies.T, color=color, lw=0.8, alpha=0.35)
     axes.plot(epochs, np.median(accuracies, axis=0), color="black", lw=2.2)

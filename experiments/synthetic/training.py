@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,8 @@ PROGRESS = {
 # Training examples of each environment that train_accuracy is taken over: all of them
 # would cost a quarter of an epoch.
 EVALUATED = 128
+# Training accuracy above which a network has fitted its data.
+FITTED = 0.995
 
 
 class State(NamedTuple):
@@ -439,5 +441,18 @@ def train(
         checkpoint_every=config.checkpoint_every,
         progress=None if quiet else PROGRESS,
         title=config.method,
+        done=functools.partial(fitted, num_epochs=config.fitted_epochs),
     )
     return state.variables, history
+
+
+def fitted(history: Sequence[Mapping[str, float]], num_epochs: int) -> bool:
+    """Whether a training ends since its last `num_epochs` have fitted the data.
+
+    Args:
+      history: metrics of all epochs.
+      num_epochs: 0 for never.
+    """
+    if not 0 < num_epochs <= len(history):
+        return False
+    return all(row["train_accuracy"] > FITTED for row in history[-num_epochs:])

@@ -15,10 +15,10 @@ from tests.experiments.conftest import toy_epoch, toy_state
 EPOCHS = 9
 
 
-def train(open_run, epoch_fn=toy_epoch, epochs=EPOCHS, every=2):
+def train(open_run, epoch_fn=toy_epoch, epochs=EPOCHS, every=2, done=None):
     with open_run() as run:
         state, history = run_epochs(
-            run, epoch_fn, toy_state(), epochs, checkpoint_every=every
+            run, epoch_fn, toy_state(), epochs, checkpoint_every=every, done=done
         )
         return run.path, state, history
 
@@ -36,6 +36,10 @@ def expected(tmp_path_factory):
 
 class CrashError(Exception):
     pass
+
+
+def done_after(epochs):
+    return lambda history: len(history) >= epochs
 
 
 def crash_at(epoch):
@@ -71,6 +75,18 @@ def test_run_epochs_finished_training_runs_no_epoch(open_run):
     _, second, again = train(open_run, epoch_fn=crash_at(0))
     assert again == history
     assert jax.tree.map(float, first) == jax.tree.map(float, second)
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 5])
+def test_run_epochs_that_is_done_early_saves_and_stays_there(open_run, epochs):
+    path, state, history = train(open_run, done=done_after(epochs))
+    assert len(history) == int(state["count"]) == epochs
+    assert len((path / "metrics.csv").read_text().splitlines()) == epochs + 1
+    _, state, again = train(
+        open_run, epoch_fn=crash_at(epochs), done=done_after(epochs)
+    )
+    assert again == history
+    assert int(state["count"]) == epochs
 
 
 @pytest.mark.parametrize("crash", [0, 1, 2, 5, 8])

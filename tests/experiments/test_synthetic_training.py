@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.common.run_dir import RunDir
 from experiments.synthetic.config import (
     GRAMIAN_RULES,
     MASKS,
@@ -31,10 +32,12 @@ from experiments.synthetic.training import (
     apply_for,
     dataset_for,
     epoch_order,
+    fitted,
     make_keys,
     make_optimizer,
     make_schedule,
     make_trainer,
+    train,
 )
 
 # Spelled out, so that the tests do not depend on the recipe.
@@ -321,6 +324,24 @@ def test_make_optimizer_weight_decay_also_shrinks_masked_weights():
     opposed = {"w": jnp.array([[1.0, -1.0], [-1.0, 1.0]])}
     updates, _ = optimizer.update(opposed, optimizer.init(params), params)
     np.testing.assert_allclose(updates["w"], [-0.1, 0.2], rtol=1e-6)
+
+
+def test_fitted_wants_the_last_epochs_in_a_row():
+    history = [{"train_accuracy": value} for value in (1.0, 0.99, 1.0, 0.996)]
+    wanted = {0: False, 1: True, 2: True, 3: False, 4: False, 5: False}
+    assert {n: fitted(history, n) for n in wanted} == wanted
+    assert not fitted([], 1)
+    assert not fitted([{"train_accuracy": 0.995}], 1)
+
+
+def test_train_ends_once_fitted_and_says_after_how_many_epochs(tmp_path):
+    early = config(method="erm", rescale=False, epochs=200, fitted_epochs=2)
+    dataset = dataset_for(early, early.seed)
+    with RunDir(tmp_path / "run", "toy", early) as run:
+        _, history = train(early, run, dataset, quiet=True)
+    assert fitted(history, 2)
+    assert not fitted(history[:-1], 2)
+    assert len(history) < 200
 
 
 def test_make_trainer_compiles_once_for_all_epochs_and_seeds():
