@@ -24,6 +24,7 @@ from hardvary._env_grads.statistics import (
     sign_or_nan,
 )
 from hardvary.fused.rules.factors import sides
+from hardvary.fused.rules.inner_products import sum_over
 from hardvary.fused.rules.layout import in_layout
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.uses import Use
@@ -133,18 +134,16 @@ def _sum_of_signs(
     if whole == 0 or len(data) == PART:
         return _count_bits(use, data, cotangent).astype(dtype)
 
-    def body(total: jax.Array, factors: Any) -> tuple[jax.Array, None]:
-        return total + _count_bits(use, *factors), None
+    def part(start: jax.Array) -> jax.Array:
+        # Cut where they are: XLA on CPU copies what is reshaped in front of a loop.
+        cut = (
+            jax.lax.dynamic_slice_in_dim(factor, start, PART)
+            for factor in (data, cotangent)
+        )
+        return _count_bits(use, *cut)
 
-    def parts(factor: jax.Array) -> jax.Array:
-        return factor[: whole * PART].reshape(whole, PART, *factor.shape[1:])
-
-    zeros = jnp.zeros(use.operands[0].aval.shape, jnp.float32)
-    total, _ = jax.lax.scan(
-        body,
-        sharding.vary_like(zeros, (data, cotangent)),
-        (parts(data), parts(cotangent)),
-    )
+    starts = np.arange(whole, dtype=np.uint32) * PART
+    total = sum_over(part, starts, (data, cotangent))
     if len(data) % PART:
         total += _count_bits(use, data[whole * PART :], cotangent[whole * PART :])
     return total.astype(dtype)
