@@ -198,7 +198,7 @@ def _train_seed(path: Path, config: TrainConfig, command: str) -> Outcome:
     with _train_dir(path, config, command) as run:
         if not run.finished:
             _train(run, config, dataset_for(config, config.seed), quiet=True)
-        rows = metrics_of(run, config.epochs, ["test_accuracy"])
+        rows = metrics_of(run, run.summary()["epochs"], ["test_accuracy"])
         return Outcome(_result(run), rows)
 
 

@@ -434,6 +434,7 @@ class EnvsConfig(Settings):
     num_envs: Hidden[int] = 16
     batch_size: Hidden[int] = 128
     epochs: Hidden[int] = 300
+    fitted_epochs: Hidden[int] = 0
     threshold: Hidden[float] = 1.0
 
     methods: tuple[Method, ...] = ("erm", "and_mask")
@@ -508,6 +509,8 @@ class PlacementConfig(Settings):
     optimizer: Hidden[Optimizer] = "adam"
     rescale: Hidden[bool] = False
     max_rescale: Hidden[float | None] = None
+    # Placements are compared after equally many epochs.
+    fitted_epochs: Hidden[int] = 0
     # These are drawn from the settings below.
     threshold: Hidden[float] = 1.0
     weight_decay: Hidden[float] = 0.0

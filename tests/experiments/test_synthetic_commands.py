@@ -24,7 +24,8 @@ from experiments.synthetic.config import (
     RerunConfig,
     TrainConfig,
 )
-from experiments.synthetic.training import METRICS
+from experiments.synthetic.figures import draw_seeds
+from experiments.synthetic.training import METRICS, fitted
 from tests.experiments.conftest import ROOT
 
 # Long enough to be killed in, checkpoints close enough to be killed in one.
@@ -317,7 +318,7 @@ def test_rerun_finished_seed_without_its_metrics_is_refused_naming_them(
     rows = [{"epoch": 1.0 + e, "test_accuracy": 1.0} for e in range(config.epochs)]
     with RunDir(path, "synthetic train", config) as run:
         run.write_metrics(rows)
-        run.finish({"seed": 0, "test_accuracy": 1.0})
+        run.finish({"seed": 0, "epochs": config.epochs, "test_accuracy": 1.0})
     outcome = commands._train_seed(path, config, "")
     assert outcome.curve("test_accuracy") == [1.0] * len(rows)
     if damage == "missing":
@@ -328,6 +329,26 @@ def test_rerun_finished_seed_without_its_metrics_is_refused_naming_them(
         metrics.write_text(metrics.read_text().replace("test", "x"))
     with pytest.raises(RunDirError, match=f"{metrics} is missing or damaged: remove"):
         commands._train_seed(path, config, "")
+
+
+def test_rerun_of_seeds_that_have_fitted_ends_early_and_can_be_read_again(tmp_path):
+    config = RerunConfig(
+        **{**PRESETS["smoke"], "epochs": 200},
+        method="erm",
+        seeds=(0, 1),
+        fitted_epochs=2,
+    )
+    jobs = [(tmp_path / f"seed{c.seed}", c) for c in config.train_configs()]
+    for _ in range(2):
+        outcomes = [commands._train_seed(path, c, "") for path, c in jobs]
+        for outcome in outcomes:
+            assert outcome.result["epochs"] == len(outcome.history) < 200
+            assert fitted(outcome.history, 2)
+            assert not fitted(outcome.history[:-1], 2)
+    curves = [outcome.curve("test_accuracy") for outcome in outcomes]
+    (axes,) = draw_seeds("erm", [*curves, curves[0][:2]], 0.98).axes
+    ends = [line.get_ydata()[-1] for line in axes.lines[:3]]
+    assert ends == [curves[0][-1], curves[1][-1], curves[0][1]]
 
 
 def rerun_in_a_terminal(start, path):

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.common.run_dir import RunDir
 from experiments.synthetic.config import (
     GRAMIAN_RULES,
     MASKS,
@@ -37,7 +36,6 @@ from experiments.synthetic.training import (
     make_optimizer,
     make_schedule,
     make_trainer,
-    train,
 )
 
 # Spelled out, so that the tests do not depend on the recipe.
@@ -332,16 +330,6 @@ def test_fitted_wants_the_last_epochs_in_a_row():
     assert {n: fitted(history, n) for n in wanted} == wanted
     assert not fitted([], 1)
     assert not fitted([{"train_accuracy": 0.995}], 1)
-
-
-def test_train_ends_once_fitted_and_says_after_how_many_epochs(tmp_path):
-    early = config(method="erm", rescale=False, epochs=200, fitted_epochs=2)
-    dataset = dataset_for(early, early.seed)
-    with RunDir(tmp_path / "run", "toy", early) as run:
-        _, history = train(early, run, dataset, quiet=True)
-    assert fitted(history, 2)
-    assert not fitted(history[:-1], 2)
-    assert len(history) < 200
 
 
 def test_make_trainer_compiles_once_for_all_epochs_and_seeds():
