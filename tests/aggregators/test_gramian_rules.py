@@ -36,6 +36,8 @@ HOMOGENEOUS = [
 CONFLICT_FREE = ["upgrad", "dualproj", "mgda", "nash_mtl", "fairgrad"]
 # In which no lot and no order decides.
 SYMMETRIC = [name for name in RULES if name != "pcgrad"]
+# Of the gradients in most tests: another shape is another compilation for every rule.
+SHAPE = (4, 10)
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
@@ -231,7 +233,7 @@ def test_update_conflicts_with_no_environment(name):
 
 @every_rule
 def test_permuting_environments_changes_nothing(name):
-    grads, order = draw(6, 20), np.random.default_rng(0).permutation(6)
+    grads, order = draw(*SHAPE), np.asarray([2, 0, 3, 1])
     if name == "pcgrad":
         grads = jnp.abs(grads)  # what conflicts is projected in an order drawn by row
     np.testing.assert_allclose(
@@ -241,8 +243,8 @@ def test_permuting_environments_changes_nothing(name):
 
 @every_rule
 def test_rotating_the_parameters_rotates_the_update(name):
-    grads = draw(5, 12)
-    rotation = np.linalg.qr(np.asarray(draw(12, 12)))[0]
+    grads = draw(*SHAPE)
+    rotation = np.linalg.qr(np.asarray(draw(10, 10)))[0]
     np.testing.assert_allclose(
         jitted(name)(grads @ rotation),
         jitted(name)(grads) @ rotation,
@@ -254,14 +256,14 @@ def test_rotating_the_parameters_rotates_the_update(name):
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
 @pytest.mark.parametrize("name", HOMOGENEOUS)
 def test_scaling_the_gradients_scales_the_update(name, scale):
-    grads = draw(4, 10)
+    grads = draw(*SHAPE)
     scaled = jitted(name)(grads * scale) / scale
     np.testing.assert_allclose(scaled, jitted(name)(grads), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_nash_mtl_and_fairgrad_have_the_length_that_they_promise(scale):
-    grads = draw(4, 10)
+    grads = draw(*SHAPE)
     expected = jitted("nash_mtl")(grads)
     np.testing.assert_allclose(jitted("nash_mtl")(grads * scale), expected, rtol=1e-3)
     np.testing.assert_allclose(jnp.linalg.norm(expected), 2, rtol=1e-4)
@@ -276,7 +278,7 @@ SPECIAL = {
     "one": [[1.0, -2.0, 3.0]],
     "zero": [[0.0, 0.0], [0.0, 0.0]],
     "one is zero": [[0.0, 0.0], [1.0, 2.0]],
-    "identical": [[1.0, 2.0]] * 5,
+    "identical": [[1.0, 2.0]] * 4,
     "opposed": [[1.0, 2.0], [-1.0, -2.0]],
     "more than dimensions": [[1.0, 0.2], [0.1, 1.0], [1.0, 1.0], [-0.1, 1.0]],
     "sizes apart": [[1e-8, 0.0, 1e-8], [0.0, 1e8, -1e8]],
@@ -299,7 +301,7 @@ def test_identical_gradients_are_their_own_update(name):
 
 @every_rule
 def test_an_absent_environment_changes_nothing_whatever_it_holds(name):
-    grads = draw(5, 8)
+    grads = draw(5, 10)
     weights = jnp.asarray([1.0, 1.0, 0.0, 1.0, 1.0])
     there = np.asarray([0, 1, 3, 4])
     for value in (0.0, 1e3, np.nan, np.inf):
@@ -314,7 +316,7 @@ def test_an_absent_environment_changes_nothing_whatever_it_holds(name):
 @every_rule
 def test_a_broken_environment_shows(name):
     for value in (np.nan, np.inf):
-        assert np.isnan(jitted(name)(draw(4, 6).at[1, 2].set(value))).all()
+        assert np.isnan(jitted(name)(draw(*SHAPE).at[1, 2].set(value))).all()
 
 
 @pytest.mark.parametrize("name", ["upgrad", "dualproj", "cagrad", "aligned_mtl"])
