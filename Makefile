@@ -43,7 +43,7 @@ demo: $(READY)  ## Train with plain averaging and with the AND-mask; draw the fi
 	$(RUN) -m experiments.synthetic compare --out runs/demo
 
 test: lint  ## Lint, check types, run all tests.
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(READY)  ## Ruff (lint and format) and mypy.
 	$(RUN) -m ruff check .
