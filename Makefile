@@ -48,7 +48,7 @@ demo: $(DEMO_READY)  ## Train with plain averaging and with the AND-mask; draw t
 	$(RUN) -m experiments.synthetic compare --fitted-epochs 10 --out runs/demo
 
 test: lint  ## Lint, check types, run all tests.
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(READY)  ## Ruff (lint and format) and mypy.
 	$(RUN) -m ruff check .

@@ -1,12 +1,14 @@
 """Configuration of the test run: devices, strictness, reproducible examples."""
 
 import contextlib
+import functools
 import pathlib
 
 import hypothesis
 import jax
 import pytest
 from jax._src import compiler  # no public way to its options for all that is compiled
+from jax._src.interpreters import mlir  # nor to what it lowers in
 
 from tests import zoo
 
@@ -62,6 +64,18 @@ def quick_compilation():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", quickly)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_lowering_context():
+    """Lowers all programs of a file in one context, not in a context for each.
+
+    Making it is about a tenth of what a small program costs. It keeps the constants of
+    all that is lowered in it, so it ends with the file.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", functools.cache(mlir.make_ir_context))
         yield
 
 

@@ -4,6 +4,7 @@ One suite over all of them: a new transformation joins by an entry in CASES.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests._inputs import DTYPES, SHAPES, make_grads, make_params
 NUM_ENVS = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A transformation, and how to feed it.
 
@@ -141,6 +142,14 @@ def first_update(tx, inputs, params, **extra_args):
     return run(inputs, params)
 
 
+@functools.cache
+def plain_update(case, shape):
+    """`(inputs, params, updates)` in float32, compiled for all tests once."""
+    params = make_params(shape)
+    inputs = case.inputs(params)
+    return inputs, params, first_update(make(case), inputs, params)
+
+
 @every_case
 def test_transformation_under_jit_compiles_once_and_equals_eager(case):
     tx, params = make(case), make_params("array")
@@ -152,7 +161,7 @@ def test_transformation_under_jit_compiles_once_and_equals_eager(case):
         return tx.update(updates, state, params)
 
     state = eager_state = tx.init(params)
-    for seed in range(3):
+    for seed in range(2):
         inputs = case.inputs(params, seed)
         updates, state = step(inputs, state, params)
         eager, eager_state = tx.update(inputs, eager_state, params)
@@ -200,11 +209,9 @@ def test_transformation_under_vmap_over_seeds_equals_one_by_one(case):
 
 @every_case
 def test_transformation_first_in_a_chain_feeds_the_rest(case):
-    tx, params = make(case), make_params("nested")
-    inputs = case.inputs(params)
-    chain = optax.chain(tx, optax.scale(-2.0), optax.trace(0.9))
+    inputs, params, alone = plain_update(case, "nested")
+    chain = optax.chain(make(case), optax.scale(-2.0), optax.trace(0.9))
     updates = first_update(chain, inputs, params)
-    alone = first_update(tx, inputs, params)
     assert_like_params(updates, params)
     assert_trees_close(updates, jax.tree.map(lambda u: -2 * u, alone))
 
@@ -293,11 +300,9 @@ def test_transformation_state_under_map_params_keeps_its_structure(case):
 
 @every_case
 def test_transformation_with_unknown_extra_arguments_ignores_them(case):
-    tx, params = make(case), make_params("nested")
-    inputs = case.inputs(params)
+    inputs, params, plain = plain_update(case, "nested")
     extra_args = {"value": jnp.float32(1), "unknown": "x"}
-    with_extra = first_update(tx, inputs, params, **extra_args)
-    plain = first_update(tx, inputs, params)
+    with_extra = first_update(make(case), inputs, params, **extra_args)
     assert_trees_equal(with_extra, plain)
 
 
@@ -311,17 +316,15 @@ def test_transformation_keeps_the_dtype_of_its_updates(case, dtype):
         assert_like_params(updates, params)
         # A state that changed dtype would recompile, and break a scan.
         assert_like_params(new_state, state)
-        reference = make_params("array")
-        expected = first_update(tx, case.inputs(reference), reference)
-        rtol = {"bfloat16": 2e-2, "float16": 2e-3}.get(dtype, 1e-5)
-        assert_trees_close(updates, expected, rtol=rtol)
+    *_, expected = plain_update(case, "array")
+    rtol = {"bfloat16": 2e-2, "float16": 2e-3}.get(dtype, 1e-5)
+    assert_trees_close(updates, expected, rtol=rtol)
 
 
 @every_case
 @pytest.mark.parametrize("shape", SHAPES)
 def test_transformation_on_any_tree_returns_updates_like_params(case, shape):
-    tx, params = make(case), make_params(shape)
-    updates = first_update(tx, case.inputs(params), params)
+    _, params, updates = plain_update(case, shape)
     assert_like_params(updates, params)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updates))
 
@@ -341,11 +344,13 @@ class NNXModel(nnx.Module):
         return self.readout(nnx.tanh(self.hidden(x)))
 
 
+@functools.cache
 def linen_problem():
     model = LinenModel()
     return model.init(jax.random.key(0), jnp.ones((1, 2))), model.apply
 
 
+@functools.cache
 def nnx_problem():
     graph, params = nnx.split(NNXModel(nnx.Rngs(0)), nnx.Param)
     return params, lambda params, x: nnx.merge(graph, params)(x)

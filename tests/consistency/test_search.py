@@ -48,12 +48,10 @@ def test_score_found_for_quadratics_is_at_most_and_nearly_the_exact_one(
         assert_certified(quadratic, found, hessians[e], EPSILON)
 
 
-def assert_certified(loss_fn, found, env, epsilon, num_points=2000):
-    """The path starts at the minimum, ends at what was found, and stays inside."""
-    start = jax.tree.map(lambda leaf: leaf[0], found.path)
-    end = jax.tree.map(lambda leaf: leaf[-1], found.path)
-    assert_trees_close(end, found.params, rtol=0, atol=0)
-    base = loss_fn(start, env)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def largest_deviation(loss_fn, num_points, path, env):
+    """Between the corners of a path, from the loss at its start."""
+    base = loss_fn(jax.tree.map(lambda leaf: leaf[0], path), env)
     shares = jnp.linspace(0, 1, num_points)
 
     def deviations(corner, following):
@@ -63,9 +61,16 @@ def assert_certified(loss_fn, found, env, epsilon, num_points=2000):
 
         return jax.vmap(at)(shares)
 
-    corners = jax.tree.map(lambda leaf: leaf[:-1], found.path)
-    followings = jax.tree.map(lambda leaf: leaf[1:], found.path)
-    largest = jax.jit(jax.vmap(deviations))(corners, followings).max()
+    corners = jax.tree.map(lambda leaf: leaf[:-1], path)
+    followings = jax.tree.map(lambda leaf: leaf[1:], path)
+    return jax.vmap(deviations)(corners, followings).max()
+
+
+def assert_certified(loss_fn, found, env, epsilon, num_points=2000):
+    """The path starts at the minimum, ends at what was found, and stays inside."""
+    end = jax.tree.map(lambda leaf: leaf[-1], found.path)
+    assert_trees_close(end, found.params, rtol=0, atol=0)
+    largest = largest_deviation(loss_fn, num_points, found.path, env)
     assert found.max_deviation <= epsilon
     # Between the points of the certificate there may be a little more.
     assert largest <= epsilon + found.max_jump
