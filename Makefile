@@ -9,12 +9,28 @@ TORCH_VENV := .venv-torch
 TORCH_READY := $(TORCH_VENV)/.ready
 PRIVACY_VENV := .venv-privacy
 PRIVACY_READY := $(PRIVACY_VENV)/.ready
+OLDEST_VENV := .venv-oldest
+NEWEST_VENV := .venv-newest
+
+# A new virtual environment: folder, what pip is to install.
+define new_venv
+	@echo "Creating $(1)"
+	@$(PYTHON) -m venv --clear $(1)
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+endef
+
+# The library's tests: folder of the virtual environment.
+define test_library
+	@$(1)/bin/python -m pip check
+	@$(1)/bin/python -m pip list --disable-pip-version-check | grep -E '^(jax|numpy|optax|flax) '
+	$(1)/bin/python -m pytest -n 2 hardvary tests --ignore tests/experiments
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv coinrun demo test lint format docs figures bench clean
+.PHONY: help venv coinrun demo test test-oldest test-newest lint format docs figures bench clean
 
 help:  ## Show this list.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 13
 
 venv: $(READY)  ## Create .venv with the pinned packages.
 
@@ -50,6 +66,16 @@ demo: $(DEMO_READY)  ## Train with plain averaging and with the AND-mask; draw t
 test: lint  ## Lint, check types, run all tests.
 	$(RUN) -m pytest -n 2 --dist worksteal
 
+test-oldest:  ## Test the library with the oldest versions that it takes (Python 3.11).
+	$(call new_venv,$(OLDEST_VENV),-r requirements-oldest.txt)
+	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --editable .
+	$(call test_library,$(OLDEST_VENV))
+
+test-newest:  ## Test it with the newest versions that PYTHON=... takes.
+	$(call new_venv,$(NEWEST_VENV),--editable .[test])
+	$(call test_library,$(NEWEST_VENV))
+
 lint: $(READY)  ## Ruff (lint and format) and mypy.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -74,16 +100,13 @@ bench: $(READY) $(TORCH_READY) $(PRIVACY_READY)  ## Time steps and epochs beside
 	$(RUN) -m experiments.benchmark epochs --torch-python $(TORCH_VENV)/bin/python
 
 $(TORCH_READY): experiments/benchmark/requirements-torch.txt
-	@echo "Creating $(TORCH_VENV) for the PyTorch peers"
-	@$(PYTHON) -m venv --clear $(TORCH_VENV)
-	@$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(call new_venv,$(TORCH_VENV),-r $<)
 	@touch $@
 
 $(PRIVACY_READY): experiments/benchmark/requirements-privacy.txt requirements.txt
-	@echo "Creating $(PRIVACY_VENV) for JAX Privacy"
-	@$(PYTHON) -m venv --clear $(PRIVACY_VENV)
-	@$(PRIVACY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(call new_venv,$(PRIVACY_VENV),-r $<)
 	@touch $@
 
 clean:  ## Remove the virtual environments and caches, not runs/.
-	rm -rf $(VENV) $(TORCH_VENV) $(PRIVACY_VENV) build docs/api .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TORCH_VENV) $(PRIVACY_VENV) $(OLDEST_VENV) $(NEWEST_VENV)
+	rm -rf build docs/api .mypy_cache .pytest_cache .ruff_cache

@@ -4,6 +4,8 @@ AND-masks as optax transformations, and the gradient oracles that feed them, aft
 *Learning explanations that are hard to vary* (Parascandolo et al., ICLR 2021).
 """
 
+# First, so that a JAX that is too old is called that.
+from hardvary import _compat  # noqa: F401  # isort: skip
 from hardvary import consistency, objectives
 from hardvary._env_grads.agreement import agreement, kept_fractions, mask
 from hardvary._env_grads.disagreement import Disagreement, disagreement

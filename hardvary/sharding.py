@@ -1,13 +1,13 @@
 """Everything about devices: sums over mapped axes, varying values, explicit meshes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _validate
+from hardvary import _compat, _validate
 from hardvary._typing import AxisName, PyTree
 
 
@@ -32,7 +32,7 @@ def names_of(axis_name: AxisName | None) -> tuple[str, ...]:
 def _varying(leaf: Any) -> frozenset[Any]:
     if not isinstance(leaf, jax.Array):
         return frozenset()
-    return jax.typeof(leaf).manual_axis_type.varying
+    return _compat.varying_axes(jax.typeof(leaf))
 
 
 def vary_like(
@@ -50,7 +50,7 @@ def vary_like(
 
     def cast(leaf: Any) -> Any:
         missing = tuple(sorted(wanted - _varying(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+        return _compat.vary(leaf, missing) if missing else leaf
 
     return jax.tree.map(cast, tree) if wanted else tree
 
@@ -138,7 +138,7 @@ def spread_over(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     def spread(leaf: Any) -> jax.Array:
         leaf = jnp.asarray(leaf)
         spec = jax.P(axes, *(None,) * (leaf.ndim - 1))
-        return jax.reshard(leaf, spec)
+        return _compat.reshard(leaf, spec)
 
     return jax.tree.map(spread, tree)
 
@@ -148,8 +148,46 @@ def gather(leaf: Any) -> jax.Array:
     leaf = jnp.asarray(leaf)
     spec = _spec(leaf)
     if spec and spec[0] is not None:
-        leaf = jax.reshard(leaf, jax.P(None, *spec[1:]))
+        leaf = _compat.reshard(leaf, jax.P(None, *spec[1:]))
     return leaf
+
+
+def with_auto_axes(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """`function` with a mesh's explicit axes left to the compiler, if it has any.
+
+    A collective over a mapped axis (`jax.vmap(..., axis_name=...)`) needs it: beside
+    explicit axes, jax 0.11 and 0.12 refuse even one of replicated values.
+
+    Returns:
+      A function like `function`, whose results are replicated over such a mesh.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> PyTree:
+        if not jax.sharding.get_abstract_mesh().explicit_axes:
+            return function(*args, **kwargs)
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+        def of_arrays(given: Sequence[jax.Array]) -> PyTree:
+            whole = list(leaves)
+            for i, array in zip(arrays, given, strict=True):
+                whole[i] = array
+            args, kwargs = jax.tree.unflatten(tree, whole)
+            return function(*args, **kwargs)
+
+        everywhere = jax.sharding.auto_axes(of_arrays, out_sharding=jax.P())
+        try:
+            return everywhere([leaves[i] for i in arrays])
+        except ValueError as error:
+            if "context mesh" in str(error).lower():
+                error.add_note(
+                    "env_axis_name on a mesh with explicit axes: a loss that closes "
+                    "over an array takes it as an argument instead; "
+                    "in_axes={argument: None} shares one with all environments"
+                )
+            raise
+
+    return run
 
 
 def refuse_sharded_parameters(params: PyTree, what: str) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import hardvary
 from tests._asserts import assert_trees_close, field_of
+from tests._compat import set_mesh
 from tests._inputs import AGGREGATORS, PLAIN_AGGREGATORS, STATISTICS
 
 NUM_ENVS = 16
@@ -119,7 +120,7 @@ def test_aggregators_that_draw_on_an_explicit_mesh_equal_one_device(name):
         return tx.update(grads, tx.init(None))
 
     expected = update(grads)
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         spread = jax.NamedSharding(mesh, P(None, "model"))
         actual = update(jax.device_put(grads, spread))
     assert_trees_close(actual, expected)
@@ -264,7 +265,7 @@ def test_grad_stats_of_an_explicitly_sharded_batch_equal_one_device(
     mesh = jax.make_mesh((8,), ("env",), axis_types=(jax.sharding.AxisType.Explicit,))
     sharded = jax.device_put(batch, NamedSharding(mesh, P("env")))
     oracle = jax.jit(hardvary.grad_stats(loss_fn, method=method))
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         actual = oracle(params, sharded)
     assert_trees_close(actual, oracle(params, batch))
 
@@ -285,7 +286,7 @@ def test_value_and_grad_stats_of_an_explicitly_sharded_batch_with_weights_and_au
             with_aux, stats=STATISTICS, method=method, has_aux=True
         )
     )
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         actual = oracle(
             params,
             jax.device_put(batch, sharding),

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _validate, sharding
+from hardvary import _compat, _validate, sharding
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.grad_stats import GradStats, StatName
 from hardvary._env_grads.microbatches import Microbatches
@@ -165,7 +164,7 @@ class Answers:
 
 
 def _current_trace() -> Any:
-    return jex.get_opaque_trace_state(convention="hardvary")
+    return _compat.get_opaque_trace_state(convention="hardvary")
 
 
 class EnvGrad(NoArray):

@@ -154,7 +154,9 @@ def grad_stats(
         environments of one device, a collective over all names both axes, and jax
         0.10 wants `check_vma=False` there. The gradient of environment `e` is then the
         one of the sum of all losses with respect to `e`'s own copy of the parameters;
-        these gradients add up to the gradient of the sum.
+        these gradients add up to the gradient of the sum. On a mesh with explicit
+        axes all results are replicated, and `loss_fn` takes arrays as arguments, rather
+        than closing over them.
 
     Returns:
       A function `(*args, env_weights=None, **kwargs) -> stats`, or `(stats, aux)`;
@@ -337,11 +339,6 @@ def value_and_grad_stats(
         if method == "fused":
             sharding.refuse_sharded_parameters(problem.params, "grad_stats")
             axes = sharding.explicit_axes(problem.batch)
-            if env_axis_name is not None and axes:
-                # A collective in the loss is over all environments: bring them
-                # together.
-                problem.batch = [sharding.gather(leaf) for leaf in problem.batch]
-                axes = ()
         elif axis_name is not None:
             check_collectives(
                 problem.loss,
@@ -370,7 +367,10 @@ def value_and_grad_stats(
         value = (losses, aux) if has_aux else losses
         return value, jax.tree.unflatten(treedef, result)
 
-    return value_and_stats_fn
+    if env_axis_name is None:
+        return value_and_stats_fn
+    # A collective in the loss is over all environments, wherever they are.
+    return sharding.with_auto_axes(value_and_stats_fn)
 
 
 def mean_like(stats: GradStats, param: Any) -> GradStats:

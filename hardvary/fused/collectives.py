@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.extend.core as jex
 
+from hardvary._compat import jaxprs_in_params, scan_counts
 from hardvary.fused.equations import (
     CUSTOM_RULES,
     INLINED,
@@ -12,7 +13,6 @@ from hardvary.fused.equations import (
     consts_of,
     has_references,
     open_jaxpr,
-    scan_counts,
 )
 from hardvary.fused.liveness import Liveness
 from hardvary.fused.program import Kind
@@ -36,7 +36,7 @@ def axes_of(eqn: Any) -> frozenset[str]:
             names = eqn.params.get(key, ())
             names = names if isinstance(names, tuple) else (names,)
             own |= {name for name in names if isinstance(name, str)}
-    for jaxpr in jex.jaxprs_in_params(eqn.params):
+    for jaxpr in jaxprs_in_params(eqn.params):
         own = own.union(*map(axes_of, jaxpr.eqns))
     return frozenset(own)
 

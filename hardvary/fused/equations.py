@@ -7,6 +7,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from hardvary import _compat
+
 # Calls whose jaxpr may as well stand in their place: name -> where they hold it.
 INLINED = {
     "jit": "jaxpr",
@@ -18,7 +20,7 @@ REMAT = ("checkpoint", "remat", "remat2")
 # Functions with derivatives of their own, which are Python code of the user's.
 CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 
-_NO_DEBUG_INFO = jex.DebugInfo("hardvary", "", None, None)
+_NO_DEBUG_INFO = _compat.DebugInfo("hardvary", "", (), ())
 
 
 def bind(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
@@ -46,7 +48,7 @@ def _with_arrays(eqn: Any, arguments: Sequence[Any]) -> tuple[Any, list[Any]]:
 
     A user's rule may index them with a traced integer or use `.at`.
     """
-    invars, results, new_var = [], [], jex.gensym()
+    invars, results, new_var = [], [], _compat.gensym()
     for var, argument in zip(eqn.invars, arguments, strict=True):
         # A Python number is what the user's function was given.
         if isinstance(var, jex.Literal) and hasattr(argument, "ndim"):
@@ -72,15 +74,6 @@ def open_jaxpr(jaxpr: Any) -> Any:
 
 def consts_of(jaxpr: Any) -> Sequence[Any]:
     return jaxpr.consts if isinstance(jaxpr, jex.ClosedJaxpr) else ()
-
-
-def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many of a `scan` equation's inputs are constants, and how many carries."""
-    if "num_consts" in eqn.params:
-        return eqn.params["num_consts"], eqn.params["num_carry"]
-    # Since jax 0.11.
-    consts, carry, _ = eqn.params["ft_in"].unpack()
-    return len(consts), len(carry)
 
 
 def has_references(eqn: Any) -> bool:

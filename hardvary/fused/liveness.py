@@ -10,13 +10,13 @@ from typing import Any
 
 import jax.extend.core as jex
 
+from hardvary._compat import scan_counts
 from hardvary.fused.equations import (
     INLINED,
     REMAT,
     has_references,
     inexact,
     open_jaxpr,
-    scan_counts,
 )
 
 # Operations on floating-point numbers whose derivative is zero everywhere.

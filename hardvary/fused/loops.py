@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hardvary.fused.equations import scan_counts
+from hardvary._compat import scan_counts
 from hardvary.fused.program import Atom, Bindings, Kind, Program, Value
 from hardvary.fused.uses import Site, Use
 

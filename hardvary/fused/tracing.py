@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
+from hardvary._compat import scan_counts
 from hardvary.fused.collectives import axes_of
 from hardvary.fused.equations import (
     INLINED,
@@ -18,7 +19,6 @@ from hardvary.fused.equations import (
     consts_of,
     has_references,
     open_jaxpr,
-    scan_counts,
 )
 from hardvary.fused.liveness import Liveness
 from hardvary.fused.loops import Loop, fixed_inputs

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hardvary._compat import vary, varying_axes
 from hardvary.fused.equations import REMAT, bind, run_jaxpr
 from hardvary.fused.program import Atom, Bindings, Kind, Value, kind_of
 
@@ -163,9 +164,9 @@ class Operation(Site):
 
 def _zeros(aval: Any) -> jax.Array:
     zeros = jnp.zeros(aval.shape, aval.dtype)
-    varying = tuple(sorted(aval.manual_axis_type.varying))
+    varying = tuple(sorted(varying_axes(aval)))
     # A gradient is summed over the axes that its variable does not vary over.
-    return jax.lax.pcast(zeros, varying, to="varying") if varying else zeros
+    return vary(zeros, varying) if varying else zeros
 
 
 def _plus(value: Any, zero: jax.Array) -> jax.Array:

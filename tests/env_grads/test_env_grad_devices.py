@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import hardvary
 from tests._asserts import assert_trees_close
+from tests._compat import set_mesh
 from tests.fused._answers import ANSWERS, ask, signed_weights
 from tests.zoo import compile_quickly
 
@@ -281,5 +282,5 @@ def test_env_grads_of_an_explicitly_sharded_batch_name_the_way_to_have_them():
     sharding = jax.sharding.NamedSharding(mesh, P("env"))
     batch = jax.device_put(BATCH, sharding)
     message = r"value_and_grad_stats takes them, or call it inside jax\.shard_map"
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+    with set_mesh(mesh), pytest.raises(ValueError, match=message):
         hardvary.env_grads(loss_fn)(PARAMS, batch)

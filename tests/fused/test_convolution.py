@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from jax import lax
 
 import hardvary
 from hardvary.fused.rules.convolution import PIECES, kernel_gradient
+from tests._compat import subjaxprs
 from tests.fused._stacked import assert_equals_stacked, floats
 from tests.zoo import compile_quickly
 
@@ -151,7 +151,7 @@ def test_kernel_gradient_of_a_random_convolution_equals_that_of_jax(drawn):
 def counted(jaxpr):
     """Equations of a jaxpr, those inside included, and entries of its largest array."""
     sizes = [math.prod(var.aval.shape) for eqn in jaxpr.eqns for var in eqn.outvars]
-    inner = [counted(inner) for inner in jex.subjaxprs(jaxpr)]
+    inner = [counted(inner) for inner in subjaxprs(jaxpr)]
     return (
         len(jaxpr.eqns) + sum(number for number, _ in inner),
         max([*sizes, *(size for _, size in inner)], default=0),

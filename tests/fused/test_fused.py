@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import hardvary
 from hardvary import sharding
 from tests._asserts import assert_trees_close, field_of
+from tests._compat import set_mesh
 from tests._inputs import STATISTICS
 from tests.fused._models import build, check, make_oracle
 from tests.zoo import compile_quickly
@@ -369,15 +370,59 @@ def test_env_axis_name_in_shard_map_with_both_axes_equals_one_device(norm_params
         )
 
 
-def test_env_axis_name_on_an_explicit_mesh_equals_one_device(norm_params):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+@pytest.mark.parametrize("method", ["fused", "vmap"])
+@pytest.mark.parametrize(
+    "spec",
+    [P("data"), P(), P("data", "model"), P(None, "model")],
+    ids=["environments", "nothing", "both", "features"],
+)
+def test_env_axis_name_on_an_explicit_mesh_equals_one_device(norm_params, method, spec):
+    explicit = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(explicit, explicit))
     x = floats(8, 4, seed=3)
-    oracle = compile_quickly(
-        hardvary.value_and_grad_stats(with_shared_norm, env_axis_name="env")
+    weights = jnp.arange(8, dtype=jnp.float32) % 3
+    shift = floats(4, seed=4)
+
+    def loss(params, x, shift):
+        value = with_shared_norm(params, x + shift)
+        return value, {"first": x[0], "loss": value}
+
+    oracle = hardvary.value_and_grad_stats(
+        loss, method=method, env_axis_name="env", has_aux=True, in_axes={2: None}
     )
-    with jax.set_mesh(mesh):
-        actual = oracle(norm_params, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    step = compile_quickly(oracle)
+    with set_mesh(mesh):
+        spread = jax.device_put(x, NamedSharding(mesh, spec))
+        actual = step(norm_params, spread, shift, env_weights=weights)
+    expected = step(norm_params, x, shift, env_weights=weights)
+    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_env_axis_name_on_an_explicit_mesh_takes_parameters_that_it_has_split(
+    norm_params,
+):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = floats(8, 4, seed=3)
+    oracle = hardvary.grad_stats(with_shared_norm, env_axis_name="env")
+    with set_mesh(mesh):
+        split = NamedSharding(mesh, P("model"))
+        params = norm_params | {"w": jax.device_put(norm_params["w"], split)}
+        actual = oracle(params, jax.device_put(x, NamedSharding(mesh, P())))
     assert_trees_close(actual, oracle(norm_params, x), rtol=1e-4, atol=1e-5)
+
+
+def test_env_axis_name_on_an_explicit_mesh_says_that_arrays_are_arguments(norm_params):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with set_mesh(mesh):
+        spread = NamedSharding(mesh, P("data"))
+        x, shift = (jax.device_put(floats(8, 4, seed=i), spread) for i in (3, 4))
+        oracle = hardvary.grad_stats(
+            lambda params, x: with_shared_norm(params, x + shift[0]),
+            env_axis_name="env",
+        )
+        with pytest.raises(ValueError, match=r"(?i)context mesh") as raised:
+            oracle(norm_params, x)
+    assert "in_axes={argument: None}" in " ".join(raised.value.__notes__)
 
 
 def test_env_axis_name_of_a_loss_that_asks_for_its_index():

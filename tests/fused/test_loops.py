@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from jax import lax
 
 import hardvary
 from hardvary.fused.traced import Traced
+from tests._compat import subjaxprs
 from tests.fused._stacked import assert_equals_stacked, floats
 
 STEPS, WIDTH = 5, 4
@@ -186,7 +186,7 @@ def test_gradients_of_a_loop(name, params):
 def largest(jaxpr):
     """Entries of the largest array that is computed anywhere in a jaxpr."""
     sizes = [math.prod(var.aval.shape) for eqn in jaxpr.eqns for var in eqn.outvars]
-    inner = [largest(inner) for inner in jex.subjaxprs(jaxpr)]
+    inner = [largest(inner) for inner in subjaxprs(jaxpr)]
     return max([*sizes, *inner], default=0)
 
 

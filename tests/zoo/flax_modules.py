@@ -146,7 +146,9 @@ class NnxTransformer(nnx.Module):
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(7, 6, rngs=rngs)
-        self.blocks = nnx.List([NnxBlock(rngs) for _ in range(2)])
+        # Before Flax 0.12, lists themselves.
+        as_list = getattr(nnx, "List", list)
+        self.blocks = as_list([NnxBlock(rngs) for _ in range(2)])
         self.norm = nnx.LayerNorm(6, rngs=rngs)
 
     def __call__(self, tokens):

@@ -1,0 +1,69 @@
+"""What differs between the versions of JAX that the library runs on.
+
+Nothing else asks for a version, or for a name that only some of them have.
+"""
+
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+LOWEST_JAX = (0, 7)
+
+
+def require_jax(version: str) -> None:
+    """Raises ImportError for a version of JAX below the supported range.
+
+    Args:
+      version: as in `jax.__version__`.
+    """
+    lowest = ".".join(map(str, LOWEST_JAX))
+    release = tuple(int(part) for part in version.split(".")[: len(LOWEST_JAX)])
+    if release < LOWEST_JAX:
+        raise ImportError(
+            f"hardvary needs jax {lowest} or newer, found jax {version}: "
+            f'pip install --upgrade "jax>={lowest}"'
+        )
+
+
+require_jax(jax.__version__)
+
+# jax.extend.core has them since jax 0.10; before, jax.core had.
+_core: Any = jex if hasattr(jex, "DebugInfo") else jax.core
+DebugInfo: Any = _core.DebugInfo
+gensym: Any = _core.gensym
+get_opaque_trace_state: Any = _core.get_opaque_trace_state
+jaxprs_in_params: Any = _core.jaxprs_in_params
+
+
+def varying_axes(aval: Any) -> frozenset[Any]:
+    """Mapped axes of `jax.shard_map` along which values of a type differ."""
+    if hasattr(aval, "manual_axis_type"):
+        return aval.manual_axis_type.varying
+    # Before jax 0.10.
+    return aval.vma
+
+
+def vary(array: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
+    """`array` as one that may differ along further mapped axes of `jax.shard_map`."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, axes, to="varying")
+    # Before jax 0.8.
+    return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]
+
+
+def reshard(array: jax.Array, spec: Any) -> jax.Array:
+    """`array` spread over explicit axes of a mesh as `spec` says."""
+    if hasattr(jax, "reshard"):
+        return jax.reshard(array, spec)
+    # Before jax 0.8.
+    return jax.sharding.reshard(array, spec)
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many of a `scan` equation's inputs are constants, and how many carries."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    # Since jax 0.11.
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)

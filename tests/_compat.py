@@ -1,0 +1,13 @@
+"""What the tests need of JAX that differs between its versions."""
+
+import jax
+
+from hardvary._compat import jaxprs_in_params
+
+# As a context manager; jax 0.7.0 has it by another name.
+set_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh
+
+
+def subjaxprs(jaxpr):
+    """The jaxprs that equations of a jaxpr hold."""
+    return [inner for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)]
