@@ -11,6 +11,8 @@ PRIVACY_VENV := .venv-privacy
 PRIVACY_READY := $(PRIVACY_VENV)/.ready
 OLDEST_VENV := .venv-oldest
 NEWEST_VENV := .venv-newest
+MODELS_VENV := .venv-models
+MODELS_READY := $(MODELS_VENV)/.ready
 
 # A new virtual environment: folder, what pip is to install.
 define new_venv
@@ -27,7 +29,7 @@ define test_library
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv coinrun demo test test-oldest test-newest lint format docs figures bench clean
+.PHONY: help venv coinrun demo test test-oldest test-newest lint format docs figures bench models clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 13
@@ -107,6 +109,13 @@ $(PRIVACY_READY): experiments/benchmark/requirements-privacy.txt requirements.tx
 	$(call new_venv,$(PRIVACY_VENV),-r $<)
 	@touch $@
 
+models: $(MODELS_READY)  ## Compare other people's models, fused against stacked.
+	$(MODELS_VENV)/bin/python -m tests.models --workers 2
+
+$(MODELS_READY): tests/models/requirements-models.txt requirements.txt
+	$(call new_venv,$(MODELS_VENV),--no-deps -r $<)
+	@touch $@
+
 clean:  ## Remove the virtual environments and caches, not runs/.
-	rm -rf $(VENV) $(TORCH_VENV) $(PRIVACY_VENV) $(OLDEST_VENV) $(NEWEST_VENV)
+	rm -rf $(VENV) $(TORCH_VENV) $(PRIVACY_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(MODELS_VENV)
 	rm -rf build docs/api .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,35 @@
+"""What was found, as rows of a table: on the screen and in models.csv."""
+
+from experiments.common.tables import format_rows
+from tests.models.table import FAMILIES
+
+COLUMNS = ("packages", "model", "outcome", "rules", "stacked because", "detail")
+_WIDTHS = dict(zip(COLUMNS, ("<24", "<46", "<8", "<42", "<40", "<60"), strict=True))
+
+
+def row_of(found):
+    """A result of `check.examine` as a row of models.csv."""
+    family = FAMILIES[found["family"]]
+    return {
+        "packages": ", ".join(map(" ".join, found.get("versions", {}).items())),
+        "model": family.architectures[found["name"]].what,
+        "outcome": found["outcome"],
+        "rules": shares(found.get("rules") or {}),
+        "stacked because": "; ".join(
+            f"{reason} ({number})"
+            for reason, number in (found.get("fallbacks") or {}).items()
+        ),
+        "detail": found["detail"],
+    }
+
+
+def shares(rules):
+    """Rule -> components as `rule 60 %`, largest first."""
+    total = sum(rules.values())
+    ordered = sorted(rules.items(), key=lambda item: -item[1])
+    return ", ".join(f"{rule} {number / total:.0%}" for rule, number in ordered)
+
+
+def text_table(results):
+    columns = {column: (column, _WIDTHS[column]) for column in COLUMNS}
+    return format_rows(columns, [row_of(found) for found in results])
