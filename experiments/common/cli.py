@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ from experiments.common.settings import load_settings
 from experiments.common.validation import require_at_least
 
 DEFAULT_PRESET: Preset = "cpu"
+
+# As `Path` leaves it, with one slash.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +73,18 @@ class FigureOptions(WorkerOptions):
 class SearchOptions(WorkerOptions):
     """Where to write, with how many processes, and where the trials are kept."""
 
-    storage: str | None = None
-    """Database URL or journal file that several commands share, each with an --out of
-    its own; without it a journal in the run directory."""
+    storage: Path | None = None
+    """Journal file that several commands share, each with an --out of its own, also on
+    several machines that see the file; without it a journal in the run directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Not shown: a URL may hold a password.
+        if self.storage is not None and _URL.match(str(self.storage)):
+            raise ValueError(
+                "storage must be the path of a journal file, got a URL: several "
+                "machines share a search through a journal on a file system of theirs"
+            )
 
 
 Config = TypeVar("Config")

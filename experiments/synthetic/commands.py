@@ -238,7 +238,6 @@ def _summarize_search(
     return {
         "method": config.method,
         "trials": len(rows),
-        "pruned": sum(row["state"] == "PRUNED" for row in rows),
         "fitted": stopped["fitted"],
         "memorised": stopped["memorised"],
         "diverged": stopped["diverged"],
@@ -251,7 +250,7 @@ def format_search(summary: Mapping[str, Any]) -> str:
     """The choice of each rule, as text."""
     lines = [
         "{trials} trials of {method}: {fitted} ended when fitted, {memorised} when "
-        "memorised, {diverged} diverged, {pruned} pruned".format(**summary),
+        "memorised, {diverged} diverged".format(**summary),
         f"{'rule':<10}{'trial':>7}{'train':>8}{'valid.':>8}{'held out':>10}{'test':>8}",
     ]
     for rule, row in summary["chosen"].items():

@@ -471,7 +471,7 @@ def test_paper_presets_are_the_papers_settings():
     for config in (best, SEARCH_PRESETS["paper"]):
         assert (config.width, config.blocks, config.epochs) == (64, 2, 30)
     search = SEARCH_PRESETS["paper"]
-    assert (search.trials, search.sampler, search.top) == (1024, "tpe", 10)
+    assert (search.trials, search.sampler, search.top) == (1024, "univariate_tpe", 10)
     states = DATASET_PRESETS["paper"]
     assert (states.levels, states.states_per_level) == (64, 1000)
     assert states.test_levels == 2000
