@@ -207,7 +207,8 @@ class EnvGrad(NoArray):
     _mend = (
         "it lives inside one trace and takes no arithmetic. Put hardvary's aggregator "
         "first in the chain, inside the same jit; to leave a jit, or to cross a scan "
-        "or a cond, take .stats(...), .mean() or .stack() first"
+        "or a cond, take .stats(...), .mean() or .stack() first; optax.MultiSteps goes "
+        "behind the aggregator"
     )
 
     def __init__(self, answers: Answers, index: int, like: Any) -> None:
