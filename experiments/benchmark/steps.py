@@ -115,7 +115,6 @@ def run_steps(invocation: Invocation[StepsConfig, PeerOptions]) -> None:
             with ways.no_compilation_cache():
                 _run(run, config, options.torch_python)
         print(format_table(run.summary()))
-        print(f"Written to {run.path}")
 
 
 def _run(run: RunDir, config: StepsConfig, torch_python: Path | None) -> None:

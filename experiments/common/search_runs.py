@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from experiments.common.cli import Invocation, SearchOptions, announce
+from experiments.common.cli import Invocation, SearchOptions, announced
 from experiments.common.run_dir import RunDir, RunDirError
 from experiments.common.search import JOURNAL, Objective, Row, Search, open_study, table
 from experiments.common.search import run as run_study
@@ -69,8 +69,8 @@ def search_dir(
                 )
             if any(held[name] != value for name, value in wanted.items()):
                 run.reopen()
-        announce(run)
-        yield run
+        with announced(run):
+            yield run
 
 
 def run_missing(

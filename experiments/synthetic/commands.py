@@ -19,7 +19,7 @@ from experiments.common.cli import (
     RunOptions,
     SearchOptions,
     WorkerOptions,
-    announce,
+    announced,
     entered,
 )
 from experiments.common.figures import (
@@ -91,8 +91,7 @@ def train(call: Invocation[TrainConfig, RunOptions]) -> None:
     name = f"{config.method}-{call.options.preset}-seed{config.seed}"
     path = call.run_path(EXPERIMENT, name, ("method", "seed"))
     overwrite = call.options.overwrite
-    with _train_dir(path, config, call.command, overwrite) as run:
-        announce(run)
+    with _train_dir(path, config, call.command, overwrite) as run, announced(run):
         if not run.finished:
             _train(run, config, dataset_for(config, config.seed))
         print(format_table([_result(run)]))

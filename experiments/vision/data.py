@@ -144,7 +144,17 @@ def load(
     )
 
 
+def require_read(name: DatasetName, data_dir: Path | None) -> None:
+    """Raises DataError for a folder that the dataset is not read from."""
+    if name == "generated" and data_dir is not None:
+        raise DataError(
+            "--data-dir is not read: the dataset 'generated' is made anew; leave it "
+            "out, or choose another with --dataset"
+        )
+
+
 def _find(name: DatasetName, data_dir: Path | None) -> Images:
+    require_read(name, data_dir)
     if name == "generated":
         return generate()
     if data_dir is not None:

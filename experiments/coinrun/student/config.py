@@ -22,6 +22,7 @@ from experiments.coinrun.game import GameMode
 from experiments.common import cli
 from experiments.common.choices import Preset, Sampler
 from experiments.common.cli import FigureOptions, RunOptions
+from experiments.common.run_dir import RunDirError
 from experiments.common.settings import fields_of
 from experiments.common.validation import (
     require,
@@ -214,9 +215,17 @@ class DataOptions(RunOptions):
     """Directory of the dataset; without it the one that the command dataset makes with
     this preset."""
 
-    @property
-    def data_dir(self) -> Path:
-        """The directory to use."""
+    def data_dir(self, source: Source) -> Path:
+        """The directory to use.
+
+        Raises:
+          RunDirError: one is given that a dataset of this source is not read from.
+        """
+        if source == "generated" and self.data is not None:
+            raise RunDirError(
+                "--data is not read: the dataset 'generated' is made anew; leave it "
+                "out, or choose another with --dataset"
+            )
         return self.data or RUNS / f"dataset-{self.preset}"
 
 
