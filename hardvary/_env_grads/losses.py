@@ -1,7 +1,7 @@
 """Gradients of losses that look at each other."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,34 @@ class _Rows(Source):
             self._row, self._basis(), batch_size=self.num_envs // self._num_parts
         )
         return list(rows)
+
+
+@overload
+def value_and_env_grads_of_losses(
+    losses_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    microbatch_size: int = 1,
+) -> Callable[..., tuple[jax.Array, PyTree]]: ...
+
+
+@overload
+def value_and_env_grads_of_losses(
+    losses_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: Literal[True],
+    microbatch_size: int = 1,
+) -> Callable[..., tuple[tuple[jax.Array, Any], PyTree]]: ...
+
+
+@overload
+def value_and_env_grads_of_losses(
+    losses_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    microbatch_size: int = 1,
+) -> Callable[..., Any]: ...
 
 
 def value_and_env_grads_of_losses(
