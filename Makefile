@@ -20,6 +20,9 @@ $(READY): requirements.txt setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "$(PYTHON) not found: install Python 3.11 or run make PYTHON=/path/to/python"; \
 	  exit 1; }
+	@test ! -L $(VENV) || { \
+	  echo "$(VENV) is a link: run make venv where it leads, which others may be using"; \
+	  exit 1; }
 	@echo "Creating $(VENV) (once; a minute or two)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
