@@ -40,6 +40,9 @@ $(DEMO_READY): requirements-demo.txt setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "$(PYTHON) not found: install Python 3.11 or run make PYTHON=/path/to/python"; \
 	  exit 1; }
+	@test ! -L $(VENV) || { \
+	  echo "$(VENV) is a link: run make venv where it leads, which others may be using"; \
+	  exit 1; }
 	@echo "Creating $(VENV) (once; less than a minute)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) --no-compile -r requirements-demo.txt

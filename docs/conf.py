@@ -1,8 +1,11 @@
 """Sphinx configuration of the documentation; `make docs` builds it."""
 
 import inspect
+import re
 
+from docutils import nodes
 from sphinx.util import logging
+from sphinx.util.osutil import relative_uri
 
 import hardvary
 
@@ -62,5 +65,34 @@ def check_coverage(app, env):
         logging.getLogger(__name__).warning("%s is not in the API reference", name)
 
 
+def link_figures(app, doctree, page):
+    """Makes every figure a link to itself at full size."""
+    if app.builder.format != "html":
+        return
+    for image in list(doctree.findall(nodes.image)):
+        if (
+            isinstance(image.parent, nodes.reference)
+            or image["uri"] not in app.env.images
+        ):
+            continue
+        file = f"{app.builder.imagedir}/{app.env.images[image['uri']][1]}"
+        target = relative_uri(app.builder.get_target_uri(page), file)
+        link = nodes.reference("", "", refuri=target, internal=True)
+        image.replace_self(link)
+        link += image
+
+
+def keep_numbers_whole(app, doctree, page):
+    """Keeps a line from breaking between a number and its per cent sign."""
+    del app, page
+    code = (nodes.literal, nodes.literal_block, nodes.math, nodes.math_block)
+    for text in list(doctree.findall(nodes.Text)):
+        if not isinstance(text.parent, code):
+            whole = re.sub(r"(?<=\d) %", "\u00a0%", text.astext())
+            text.parent.replace(text, nodes.Text(whole))
+
+
 def setup(app):
     app.connect("env-check-consistency", check_coverage)
+    app.connect("doctree-resolved", link_figures)
+    app.connect("doctree-resolved", keep_numbers_whole)

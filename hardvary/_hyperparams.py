@@ -120,34 +120,55 @@ def per_leaf(
       ValueError: `value` is no prefix of `tree`; names the first path.
     """
     result: list[ArrayLike] = []
-
-    def visit(value: Any, tree: Any, path: _Path) -> None:
-        size = len(jax.tree.leaves(tree, is_leaf=is_leaf))
-        if size == 0:
-            return
-        if _is_leaf(value):
-            if _is_schedule(value):
-                value = value(count)
-                where = name + jax.tree_util.keystr(path)
-                _validate.scalar(
-                    f"what the schedule {where} returns", value, rule="for its count"
-                )
-            result.extend([value] * size)
-            return
-        ends = _is_leaf(tree) or (is_leaf is not None and is_leaf(tree))
-        if ends or _node(value) != _node(tree):
-            raise ValueError(
-                f"{name} must be a number, a schedule, or a tree of these that is a "
-                f"prefix of params; {_difference(value, tree, path, ends)}. Make it "
-                "from params with jax.tree_util.tree_map_with_path, or put one number "
-                "where all leaves below are to share it"
+    rule = f"{name} must be a number, a schedule, or a tree of these"
+    for path, leaf, size in spread(value, tree, rule, is_leaf):
+        number = leaf
+        if _is_schedule(leaf):
+            number = leaf(count)
+            where = name + jax.tree_util.keystr(path)
+            _validate.scalar(
+                f"what the schedule {where} returns", number, rule="for its count"
             )
-        children = zip(_children(value), _children(tree), strict=True)
-        for (key, below), (_, part) in children:
-            visit(below, part, path + key)
-
-    visit(value, tree, ())
+        result.extend([number] * size)
     return result
+
+
+def spread(
+    value: PyTree,
+    tree: PyTree,
+    rule: str,
+    is_leaf: Callable[[Any], bool] | None = None,
+    path: _Path = (),
+) -> Iterator[tuple[_Path, Any, int]]:
+    """Leaves of a tree prefix, each with its path and the leaves of `tree` below it.
+
+    Args:
+      value: the prefix.
+      tree: shaped like params; see `per_leaf`.
+      rule: what the prefix must be, for messages.
+      is_leaf: which nodes of `tree` are leaves.
+      path: to both.
+
+    Raises:
+      ValueError: `value` is no prefix of `tree`; names the first path.
+    """
+    size = len(jax.tree.leaves(tree, is_leaf=is_leaf))
+    if size == 0:
+        return
+    if _is_leaf(value):
+        yield path, value, size
+        return
+    ends = _is_leaf(tree) or (is_leaf is not None and is_leaf(tree))
+    if ends or _node(value) != _node(tree):
+        raise ValueError(
+            f"{rule} that is a prefix of params; "
+            f"{_difference(value, tree, path, ends)}. Make it from params with "
+            "jax.tree_util.tree_map_with_path, or put one where all leaves below are "
+            "to share it"
+        )
+    children = zip(_children(value), _children(tree), strict=True)
+    for (key, below), (_, part) in children:
+        yield from spread(below, part, rule, is_leaf, path + key)
 
 
 def _is_schedule(value: Any) -> bool:

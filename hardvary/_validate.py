@@ -25,6 +25,8 @@ def scalar(name: str, value: Any, *, rule: str) -> None:
         return
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, np.number) or np.shape(value) != ():
+        if callable(value):
+            rule += " and no schedule (optax.inject_hyperparams would call one)"
         raise TypeError(f"{name} must be a real scalar {rule}, got {value!r}")
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be a real scalar {rule}, got {value!r}")
@@ -113,7 +115,8 @@ def is_array(leaf: Any) -> bool:
 
 
 def a_or_an(noun: str) -> str:
-    return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
+    vowel = noun[:1].lower() in "aeiou" or noun == "ndarray"
+    return f"an {noun}" if vowel else f"a {noun}"
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
@@ -206,7 +209,8 @@ def stacked_gradients(grads: PyTree, params: PyTree | None, name: str) -> int | 
                 hint = (
                     "it has no environment axis: pass what hardvary's "
                     "value_and_env_grads, grad_stats or per_env_grad return, and put "
-                    "what averages or adds up gradients behind the aggregator"
+                    "what averages or adds up gradients behind the aggregator, "
+                    "optax.MultiSteps too"
                     if shape == np.shape(param)
                     else "the axes after the first must be the parameter's"
                 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hardvary import _validate
-from hardvary._typing import PyTree
+from hardvary._typing import PyTree, ScalarOrSchedule
 
 
 class AddL1DecayState(NamedTuple):
@@ -23,7 +23,7 @@ class AddL1DecayState(NamedTuple):
 
 
 def add_l1_decay(
-    strength: optax.ScalarOrSchedule,
+    strength: ScalarOrSchedule,
     mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the gradient of an L1 penalty, `strength * sign(param)`.

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from hardvary import _validate
 from hardvary._env_grads import grad_stats
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 
-def irm_penalty(logits: Any, labels: Any) -> jax.Array:
+def irm_penalty(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     r"""Invariant risk minimisation's penalty on one environment (IRMv1).
 
     .. math:: \Big(\tfrac{\partial}{\partial w} R(w \cdot z)\Big|_{w=1}\Big)^2
@@ -104,7 +105,7 @@ def irm_penalty(logits: Any, labels: Any) -> jax.Array:
     return jnp.square(jnp.mean(slopes)).astype(logits.dtype)
 
 
-def vrex_penalty(losses: Any) -> jax.Array:
+def vrex_penalty(losses: ArrayLike) -> jax.Array:
     r"""Variance of the loss over environments (V-REx).
 
     .. math:: \tfrac1d \sum_e \Big(R_e - \tfrac1d \sum_{e'} R_{e'}\Big)^2
@@ -265,7 +266,7 @@ def _variances(name: str, stats: PyTree, ndim: int) -> list[jax.Array]:
     return result
 
 
-def reverse_gradient(x: PyTree, scale: Any = 1.0) -> PyTree:
+def reverse_gradient(x: PyTree, scale: ArrayLike = 1.0) -> PyTree:
     r"""The identity, with a derivative of `-scale`.
 
     .. math:: R(x) = x, \qquad \frac{\partial R}{\partial x} = -\lambda I

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from hardvary import _hyperparams, _validate
 from hardvary._env_grads.statistics import sign_or_nan
-from hardvary._typing import PyTree, Threshold
+from hardvary._typing import PyTree, ScalarOrSchedule, Threshold
 
 
 class TemporalAndMaskState(NamedTuple):
@@ -268,7 +268,7 @@ def scale_by_temporal_and_mask_adam(
 
 
 def temporal_and_mask_adam(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     b3: ArrayLike = 0.9,
@@ -277,7 +277,7 @@ def temporal_and_mask_adam(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
     mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
     nesterov: bool = False,
     bias_correction: bool = True,

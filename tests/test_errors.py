@@ -667,3 +667,145 @@ def test_grad_stats_loss_that_is_no_scalar_says_what_it_is(loss, has_aux, parts)
         oracle(jnp.ones(2), jnp.ones((3, 2)))
     hint_fits = "has_aux=True" in str(error.value)
     assert hint_fits == (parts[-1] == "pass has_aux=True")
+
+
+# Words that say where to look.
+
+
+def raises_with_a_note(error, *parts):
+    pattern = re.compile("(?s)" + ".*".join(map(re.escape, parts)))
+    return pytest.raises(
+        error, check=lambda error: any(map(pattern.search, error.__notes__))
+    )
+
+
+@every_oracle
+@in_both_modes
+@pytest.mark.parametrize(
+    ("loss", "error"),
+    [
+        (lambda w, batch: (batch["x"] @ w[:1]).sum(), TypeError),
+        (lambda w, batch: batch["z"], KeyError),
+        (lambda w: w.sum(), TypeError),
+        (lambda w, batch, key: w.sum(), TypeError),
+        (lambda w, batch: float(w[0]), jax.errors.ConcretizationTypeError),
+    ],
+    ids=["shapes", "key", "too few", "too many", "concrete"],
+)
+def test_oracles_of_a_loss_that_fails_note_what_it_was_given(make, loss, error, jit):
+    batch = {"x": jnp.ones((5, 4, 2)), "y": jnp.ones((5, 4), jnp.int32)}
+    oracle = make(loss)
+    given = "argument 0: float32[2]; argument 1: ['x'] float32[4, 2], ['y'] int32[4]"
+    with raises_with_a_note(error, "ONE of 5", given, "axis 0 of the batch", "in_axes"):
+        (jax.jit(oracle) if jit else oracle)(jnp.ones(2), batch)
+
+
+def test_oracle_of_a_loss_that_fails_notes_its_keywords_and_axes():
+    oracle = hardvary.env_grads(lambda w, x, rate: w[:1] @ x, in_axes={1: 1, "rate": 0})
+    with raises_with_a_note(
+        TypeError, "ONE of 3", "argument 'rate': float32[]", "in_axes={1: 1, 'rate': 0}"
+    ):
+        oracle(jnp.ones(2), jnp.ones((2, 3)), rate=jnp.ones(3))
+
+
+def test_oracle_of_a_loss_that_fails_shows_few_of_many_leaves():
+    params = {f"layer{i:03}": jnp.ones(2) for i in range(300)}
+    with raises_with_a_note(KeyError, "['layer003'] float32[2], 296 more; argument 1"):
+        hardvary.env_grads(lambda p, x: p["head"] @ x)(params, jnp.ones((3, 2)))
+
+
+def test_losses_fn_that_fails_notes_what_it_was_given():
+    oracle = hardvary.value_and_env_grads_of_losses(lambda w, x, rate: x @ w[:1])
+    given = "argument 0: float32[2]; argument 1: float32[3, 2]; argument 'rate': no"
+    with raises_with_a_note(TypeError, "losses_fn", given):
+        oracle(jnp.ones(2), jnp.ones((3, 2)), rate="fast")
+
+
+@every_oracle
+@pytest.mark.parametrize(
+    ("batch", "where"),
+    [
+        ({"x": jnp.ones((4, 2)), "y": jnp.ones(3)}, "argument 1['y'] has 3"),
+        ([jnp.ones((4, 2)), jnp.ones((3, 2))], "argument 1[1] has 3"),
+    ],
+    ids=["dict", "list of environments"],
+)
+def test_oracles_of_environments_of_unequal_size_say_what_to_do(make, batch, where):
+    with raises(ValueError, where, "unequal size", "draw as many", "pad"):
+        make(squares)(jnp.ones(2), batch)
+
+
+@every_oracle
+def test_oracles_of_a_ragged_array_say_what_to_do(make):
+    ragged = np.array([np.ones(3), np.ones(4)], object)
+    with raises(
+        TypeError, "argument 1 is an ndarray", "objects", "unequal size", "pad"
+    ):
+        make(squares)(jnp.ones(2), ragged)
+
+
+@every_oracle
+def test_oracles_with_two_parameters_name_the_argument_that_is_wrong(make):
+    def loss(w, x, b):
+        return jnp.sum(w * x + b)
+
+    with raises(TypeError, "parameters, argument 2 ", "['b']", "int32"):
+        make(loss, argnums=(0, 2))(jnp.ones(2), jnp.ones((5, 2)), {"b": jnp.arange(2)})
+
+
+SCHEDULE = optax.constant_schedule(0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"),
+    [
+        (
+            hardvary.and_mask,
+            {"rescale": True, "max_rescale": lambda count: 2.0},
+        ),
+        (hardvary.temporal_and_mask_adam, {"learning_rate": 0.1, "b1": SCHEDULE}),
+        (hardvary.temporal_and_mask_adam, {"learning_rate": 0.1, "eps": SCHEDULE}),
+    ],
+    ids=["max_rescale", "b1", "eps"],
+)
+def test_schedule_where_none_is_taken_names_what_takes_it(make, argument):
+    name = list(argument)[-1]
+    with raises(TypeError, name, "no schedule", "optax.inject_hyperparams", "got"):
+        make(**argument)
+    tx, params = optax.inject_hyperparams(make)(**argument), jnp.ones(2)
+    grads = params if make is hardvary.temporal_and_mask_adam else jnp.ones((3, 2))
+    with jax.numpy_dtype_promotion("standard"):  # optax raises b1 to whole numbers
+        _, state = tx.update(grads, tx.init(params), params)
+    expected = list(argument.values())[-1](0)
+    np.testing.assert_allclose(state.hyperparams[name], expected, rtol=1e-6)
+
+
+def test_multi_steps_around_an_aggregator_is_sent_behind_it():
+    tx = optax.MultiSteps(optax.chain(hardvary.and_mask(), optax.sgd(0.1)), 2)
+    params = jnp.ones(2)
+    for grads in (jnp.ones((3, 2)), linear_stats()):
+        with raises(ValueError, "behind the aggregator, optax.MultiSteps too"):
+            tx.update(grads, tx.init(params), params)
+
+    @jax.jit
+    def step(params):
+        grads = hardvary.env_grads(squares)(params, jnp.ones((3, 2)))
+        return tx.update(grads, tx.init(params), params)
+
+    with raises(TypeError, "first in the chain", "optax.MultiSteps goes behind"):
+        step(params)
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [
+        ({"w": jnp.ones(3), "c": jnp.ones(3)}, ["it has nothing at ['b']"]),
+        ({"w": jnp.ones(3)}, ["it has nothing at ['b']"]),
+        ({"w": jnp.ones(3), "b": [jnp.ones(3)]}, ["at ['b'] it has a list", "a leaf"]),
+    ],
+    ids=["another", "missing", "deeper"],
+)
+def test_combine_with_weights_that_are_no_prefix_names_the_first_path(weights, parts):
+    grads = {"w": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+    with raises(ValueError, "combine: weights", "prefix of params", *parts):
+        hardvary.combine(grads, weights)

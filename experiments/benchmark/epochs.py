@@ -210,7 +210,6 @@ def run_benchmark(
             label = LABELS[AUTHORS_WAY].replace("\n", " ")
             times = summary["authors_way_over_fused"]
             print(f"hardvary's fused oracle is {times:.1f} times as fast as {label}")
-        print(f"Written to {run.path}")
 
 
 def _run(run: RunDir, config: BenchmarkConfig, torch_python: Path | None) -> None:

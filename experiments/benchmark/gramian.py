@@ -204,7 +204,6 @@ def run_gramian(invocation: Invocation[GramianConfig, GramianOptions]) -> None:
         for what, rows in summary.get("growth", {}).items():
             print()
             print(growth.format_table(rows, what, LABELS))
-        print(f"Written to {run.path}")
 
 
 def _run(run: RunDir, config: GramianConfig, options: GramianOptions) -> None:

@@ -87,7 +87,6 @@ def run_growth(invocation: Invocation[GrowthConfig, RunOptions]) -> None:
         print(format_table(summary["envs"], "environments"))
         print()
         print(format_table(summary["widths"], "width"))
-        print(f"Written to {run.path}")
 
 
 def _run(run: RunDir, config: GrowthConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 from experiments.benchmark import contestants as ways
@@ -115,7 +115,6 @@ def run_steps(invocation: Invocation[StepsConfig, PeerOptions]) -> None:
             with ways.no_compilation_cache():
                 _run(run, config, options.torch_python)
         print(format_table(run.summary()))
-        print(f"Written to {run.path}")
 
 
 def _run(run: RunDir, config: StepsConfig, torch_python: Path | None) -> None:
@@ -382,25 +381,28 @@ def draw(
     contestants: Mapping[str, str] = ways.LABELS,
     colors: Mapping[str, str] = ways.COLORS,
 ) -> Figure:
-    """Bars of the medians, grouped by workload, with every measurement as a dot."""
+    """The medians, grouped by workload, with every measurement as a dot.
+
+    Not as bars: on a log axis these have no foot, and their lengths say nothing.
+    """
     plots.use_style()
     medians = {name: results[name]["median_seconds_per_step"] for name in results}
-    bars = sum(map(len, medians.values())) + len(medians)
-    figure = Figure(figsize=(10, 1.9 + 0.27 * bars), layout="constrained")
+    lines = sum(map(len, medians.values())) + len(medians)
+    figure = Figure(figsize=(10, 1.9 + 0.27 * lines), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log")
     position, ticks = 0.0, []
-    lowest = min(min(of_one.values()) for of_one in medians.values()) * 1e3
     for workload, seconds in medians.items():
         ticks.append(position + (len(seconds) - 1) / 2)
         for name, median in seconds.items():
             measured = [r[name] * 1e3 for r in rows if r["workload"] == workload]
-            axes.barh(position, median * 1e3, 0.85, color=colors[name])
+            axes.axhline(position, color="0.93", lw=1, zorder=0)
+            axes.plot(median * 1e3, position, "o", color=colors[name], ms=11)
             axes.plot(measured, [position] * len(measured), "k.", ms=3, alpha=0.35)
             axes.annotate(
                 ways.milliseconds(median),
                 (max(*measured, median * 1e3), position),
-                xytext=(6, 0),
+                xytext=(9, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=10,
@@ -411,13 +413,16 @@ def draw(
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    # On a log axis bars have no natural foot; the shortest one should still be seen.
-    axes.set_xlim(left=lowest / 3)
     axes.margins(x=0.08, y=0.01)
     axes.set_xlabel("milliseconds per step (median; dots: every round)")
     drawn = [c for c in contestants if any(c in of_one for of_one in medians.values())]
     figure.legend(
-        handles=[Patch(color=colors[c], label=contestants[c]) for c in drawn],
+        handles=[
+            Line2D(
+                [], [], color=colors[c], marker="o", ms=11, ls="", label=contestants[c]
+            )
+            for c in drawn
+        ],
         loc="outside upper left",
         ncols=2,
         fontsize=11,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.common.files import atomic_write, file_sha256, remove_temporaries
+from experiments.common.files import (
+    NOT_WRITTEN,
+    atomic_write,
+    file_sha256,
+    remove_temporaries,
+)
 
 State = TypeVar("State")
 
@@ -34,8 +43,21 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Saves a pytree of arrays; returns when it is complete on disk."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Saves a pytree of arrays; returns when it is complete on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        try:
+            with _threads_quiet():
+                self._manager.save(step, args=ocp.args.StandardSave(state))
+        except Exception as error:
+            # Which exception it is depends on what Orbax wrote, its text does not.
+            codes = [code for code in NOT_WRITTEN if os.strerror(code) in str(error)]
+            if not codes:
+                raise
+            path = str(self._directory / str(step))
+            raise OSError(codes[0], os.strerror(codes[0]), path) from error
         atomic_write(self._checksum_file(step), self._checksums(step))
         kept = set(self._manager.all_steps())
         for file in self._directory.glob("*.sha256"):
@@ -111,3 +133,15 @@ class Checkpoints:
         if expected != self._checksums(step).encode():
             return "its files and its checksums do not agree"
         return None
+
+
+@contextlib.contextmanager
+def _threads_quiet() -> Iterator[None]:
+    """Keeps Orbax's threads from logging, each with traceback, what is raised too."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

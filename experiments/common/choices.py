@@ -5,5 +5,4 @@ from __future__ import annotations
 from typing import Literal
 
 Preset = Literal["smoke", "cpu", "paper"]
-Sampler = Literal["tpe", "random"]
-Pruner = Literal["none", "median", "hyperband"]
+Sampler = Literal["tpe", "univariate_tpe", "random"]

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +23,15 @@ from typing import Annotated, Any, Generic, TypeVar, get_args
 import tyro
 
 from experiments.common.choices import Preset as Preset
-from experiments.common.run_dir import RunDir, RunDirError
+from experiments.common.files import NOT_WRITTEN
+from experiments.common.run_dir import RunDir, RunDirError, StoppedError
 from experiments.common.settings import load_settings
 from experiments.common.validation import require_at_least
 
 DEFAULT_PRESET: Preset = "cpu"
+
+# As `Path` leaves it, with one slash.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +39,8 @@ class RunOptions:
     """Where to write, and how to treat what is there."""
 
     preset: Preset = DEFAULT_PRESET
-    """Settings that other flags override: smoke for tests, cpu for two cores, paper
-    for the paper's size with this project's recipe."""
+    """Settings that other flags override: smoke only shows that things run, cpu is for
+    two cores, paper for the paper's size with this project's recipe."""
     settings: str | None = None
     """JSON file with settings that other flags override, or FILE:KEY for a part of it,
     such as selected.json:held_out of a search."""
@@ -69,9 +74,18 @@ class FigureOptions(WorkerOptions):
 class SearchOptions(WorkerOptions):
     """Where to write, with how many processes, and where the trials are kept."""
 
-    storage: str | None = None
-    """Database URL or journal file that several commands share, each with an --out of
-    its own; without it a journal in the run directory."""
+    storage: Path | None = None
+    """Journal file that several commands share, each with an --out of its own, also on
+    several machines that see the file; without it a journal in the run directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Not shown: a URL may hold a password.
+        if self.storage is not None and _URL.match(str(self.storage)):
+            raise ValueError(
+                "storage must be the path of a journal file, got a URL: several "
+                "machines share a search through a journal on a file system of theirs"
+            )
 
 
 Config = TypeVar("Config")
@@ -178,24 +192,31 @@ def entered(
       outputs: see `RunDir`.
       parts: likewise.
     """
-    with RunDir(
-        path,
-        experiment,
-        call.config if config is None else config,
-        seed=getattr(call.config, "seed", None),
-        command=call.command,
-        overwrite=call.options.overwrite,
-        outputs=outputs,
-        parts=parts,
-    ) as run:
-        announce(run)
+    with (
+        RunDir(
+            path,
+            experiment,
+            call.config if config is None else config,
+            seed=getattr(call.config, "seed", None),
+            command=call.command,
+            overwrite=call.options.overwrite,
+            outputs=outputs,
+            parts=parts,
+        ) as run,
+        announced(run),
+    ):
         yield run
 
 
-def announce(run: RunDir) -> None:
-    """Says which directory a command works in, and whether anything is left to do."""
+@contextlib.contextmanager
+def announced(run: RunDir) -> Iterator[None]:
+    """Says which directory a command works in, whether anything is left to do, and at
+    the end what the directory holds.
+    """
     state = "finished; --overwrite runs it again" if run.finished else "running"
     print(f"{run.path}: {state}", flush=True)
+    yield
+    print(f"{run.path} holds {', '.join(run.contents())}")
 
 
 def main(
@@ -205,8 +226,8 @@ def main(
 ) -> int:
     """Runs one of `commands` and returns the process's exit code.
 
-    0: done. 1: a failure, with traceback. 2: refused, with one clear message on
-    stderr. 130: stopped by Ctrl-C.
+    0: done. 1: a failure, with traceback; or stopped by the system, with one clear
+    message on stderr. 2: refused, likewise. 130: stopped by Ctrl-C.
 
     Args:
       prog: how the program is called, such as `python -m experiments.synthetic`.
@@ -237,19 +258,36 @@ def main(
     except ValueError as error:
         return _fail(str(error))
     line = shlex.join([*prog.split(), *argv])
+    if options.preset == "smoke":
+        print(
+            "note: --preset smoke only shows that things run; its numbers say nothing",
+            file=sys.stderr,
+        )
     try:
         command.run(Invocation(config, options, preset_config, line))
     except RunDirError as error:
         return _fail(str(error))
     except KeyboardInterrupt as interrupt:
-        again = ", without --overwrite," if options.overwrite else ""
-        print(
-            f"\n{str(interrupt) or 'Stopped'}: the same command{again} goes on from "
-            "what is saved.",
-            file=sys.stderr,
-        )
+        _say_how_to_go_on(str(interrupt) or "Stopped", options)
         return 130
+    except StoppedError as error:
+        _say_how_to_go_on(str(error), options)
+        return 1
+    except OSError as error:
+        if error.errno not in NOT_WRITTEN:
+            raise
+        where = error.filename or "a file"
+        _say_how_to_go_on(f"{where} cannot be written ({error.strerror})", options)
+        return 1
     return 0
+
+
+def _say_how_to_go_on(stopped: str, options: RunOptions) -> None:
+    again = ", without --overwrite," if options.overwrite else ""
+    print(
+        f"\n{stopped}: the same command{again} goes on from what is saved.",
+        file=sys.stderr,
+    )
 
 
 def _fail(message: str) -> int:

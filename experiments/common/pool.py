@@ -10,8 +10,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from types import FrameType
 from typing import TypeVar, TypeVarTuple
+
+from experiments.common.run_dir import StoppedError
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
@@ -32,6 +35,9 @@ def run_jobs(
       function: what the workers call; importable by its name.
       jobs: the arguments of each call.
       workers: how many jobs run at the same time, each in a process of its own.
+
+    Raises:
+      StoppedError: a worker was killed.
     """
     if not jobs:
         return
@@ -49,7 +55,14 @@ def run_jobs(
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                yield future.result()
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    raise StoppedError(
+                        "A worker process was killed, as the system does when memory "
+                        "runs out (fewer --workers need less)"
+                    ) from None
+                yield result
 
 
 @contextlib.contextmanager

@@ -1,16 +1,17 @@
 """The directory that a run writes, and the rules for entering one again.
 
     config.json     what was asked for; identifies the run
-    manifest.json   device, versions, git revision, command, wall time
+    manifest.json   device, versions, git revision, command, wall time; a copy of
+                    config.json, should that be damaged
     metrics.csv     one row per epoch; the same bytes however often it was resumed
     summary.json    the result; its presence marks the run as finished
     *.png           figures
     checkpoint/     the last two checkpoints, with their checksums
 
 The same command on the same directory resumes an unfinished run and leaves a
-finished one alone. A directory that holds another config, or that is no run
-directory at all, is refused. A run of several parts keeps each of them as a run in a
-directory of its own below.
+finished one alone, which it shows where nothing can be written, too. A directory that
+holds another config, or that is no run directory at all, is refused. A run of several
+parts keeps each of them as a run in a directory of its own below.
 """
 
 from __future__ import annotations
@@ -53,11 +54,21 @@ _SURROUNDINGS = {
     "git": "git revision",
 }
 
+# What a later session goes on with, and its kinds.
+_CARRIED = {"wall_time_s": float, "sessions": int, "earlier_environments": list}
+
 Row = Mapping[str, Any]
 
 
 class RunDirError(Exception):
     """A run cannot go ahead as asked; the message is for the user."""
+
+
+class StoppedError(Exception):
+    """A run was stopped from outside, and the same command goes on.
+
+    The message is for the user, and says by what.
+    """
 
 
 class RunDir:
@@ -77,8 +88,8 @@ class RunDir:
 
     Raises:
       RunDirError: the directory holds another experiment, another config or
-        foreign files, or another process is using it or a part to be discarded.
-        Nothing was changed then.
+        foreign files, it cannot be made or written to, or another process is using it
+        or a part to be discarded. Nothing was changed then.
     """
 
     def __init__(
@@ -95,8 +106,10 @@ class RunDir:
     ):
         self.path = Path(path)
         self._refuse_foreign()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _lock(self.path)
+        _make_directory(self.path)
+        self._lock: int | None = None
+        if overwrite or not self.finished or os.access(self.path, os.W_OK):
+            self._lock = _lock(self.path)
         try:
             self._enter(experiment, config, overwrite, outputs, parts)
             self._seed, self._command = seed, command
@@ -114,6 +127,12 @@ class RunDir:
             return
         ours = (_LOCK, f".{CONFIG}.")  # killed before config.json was there
         foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(ours)]
+        if {CONFIG, MANIFEST} <= set(foreign):
+            raise RunDirError(
+                f"{self.path / CONFIG}, which says what run this is, is damaged, and "
+                f"{MANIFEST} has no copy of it: put there the {CONFIG} that the same "
+                "command makes in another directory (--out); nothing was changed"
+            )
         if foreign:
             raise RunDirError(
                 f"{self.path} is not empty and not a run directory (it holds "
@@ -131,7 +150,12 @@ class RunDir:
         fields = config if isinstance(config, Mapping) else dataclasses.asdict(config)
         identity = {"experiment": experiment, "config": dict(fields)}
         identity = json.loads(json.dumps(identity))
-        held = _read_identity(self.path)
+        held = _identity_in(self.path / CONFIG)
+        if held is None and (copied := _read_identity(self.path)) is not None:
+            _warn(f"{self.path / CONFIG} is damaged; {MANIFEST} has a copy")
+            held = copied
+            if self._lock is not None:
+                write_json(self.path / CONFIG, held)
         written = held
         if held is not None:
             if held["config"] is not None:
@@ -143,6 +167,9 @@ class RunDir:
                 raise RunDirError(_describe_conflict(self.path, held, identity))
             if overwrite:
                 self._discard(outputs, parts)
+        self._identity = identity
+        if self._lock is None:
+            return
         remove_temporaries(self.path)
         if written != identity:
             write_json(self.path / CONFIG, identity)
@@ -185,15 +212,15 @@ class RunDir:
         ]
         if changed:
             earlier = [*earlier, {name: before.get(name) for name in environment}]
-            print(
-                f"warning: {self.path} was begun under another {', '.join(changed)}: "
-                "the result may differ from an uninterrupted run's",
-                file=sys.stderr,
+            _warn(
+                f"{self.path} was begun under another {', '.join(changed)}: the result "
+                "may differ from an uninterrupted run's"
             )
         self._manifest = {
             **environment,
             "seed": self._seed,
             "command": self._command,
+            "run": self._identity,
             "sessions": before.get("sessions", 0) + 1,
         }
         if earlier:
@@ -229,17 +256,39 @@ class RunDir:
             return float(self._manifest.get("wall_time_s", 0.0))
         return self._wall_time + time.monotonic() - self._started
 
+    def contents(self) -> list[str]:
+        """Files of the run, then directories; its parts are only counted."""
+        shown = [p for p in sorted(self.path.iterdir()) if not p.name.startswith(".")]
+        parts = [p for p in shown if (p / CONFIG).exists()]
+        files = [p.name for p in shown if not p.is_dir()]
+        others = [f"{p.name}/" for p in shown if p.is_dir() and p not in parts]
+        counted = [f"{len(parts)} parts" if len(parts) > 1 else "1 part"]
+        return [*files, *others, *counted[: len(parts)]]
+
     def summary(self) -> dict[str, Any]:
         """The result of a finished run."""
-        summary: dict[str, Any] = _read_json(self.path / SUMMARY)
+        path = self.path / SUMMARY
+        try:
+            summary = json.loads(path.read_text())
+            if not isinstance(summary, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
+            raise RunDirError(
+                f"{path} is damaged ({error}): remove it, and the same command makes "
+                "it again from what is saved"
+            ) from None
         return summary
 
     def manifest(self) -> dict[str, Any]:
-        """The record of the run's surroundings; empty before the first."""
-        if not (self.path / MANIFEST).exists():
-            return {}
-        manifest: dict[str, Any] = _read_json(self.path / MANIFEST)
-        return manifest
+        """The record of the run's surroundings; empty before the first.
+
+        One that is damaged is no reason to stop: nothing is computed from it.
+        """
+        path = self.path / MANIFEST
+        manifest = _read_manifest(path)
+        if manifest is None:
+            _warn(f"{path} is damaged: what it recorded of the run is lost")
+        return manifest or {}
 
     def save_manifest(self) -> None:
         """Brings the manifest's wall time up to date."""
@@ -323,8 +372,27 @@ def format_csv(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        links = [part for part in (path, *path.parents) if part.is_symlink()]
+        reason = error.strerror
+        if links and not links[0].exists():
+            reason = f"{links[0]} is a link to nothing"
+        raise RunDirError(
+            f"{path} cannot be made ({reason}): choose another directory with --out"
+        ) from None
+
+
 def _lock(path: Path) -> int:
-    handle = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        handle = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise RunDirError(
+            f"{path} cannot be written to ({error.strerror}): choose another directory "
+            "with --out"
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -339,23 +407,42 @@ def _lock(path: Path) -> int:
     return handle
 
 
-def _read_json(path: Path) -> Any:
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """A manifest, empty if there is none; None if it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise RunDirError(
-            f"{path} is damaged ({error}): start again with --overwrite"
-        ) from None
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        return None
+    sound = isinstance(manifest, dict) and all(
+        isinstance(manifest.get(name, kind()), kind) for name, kind in _CARRIED.items()
+    )
+    return manifest if sound else None
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
     """The experiment and config that a directory holds, None if it is not ours."""
+    held = _identity_in(path / CONFIG)
+    if held is None:
+        held = _identity_of((_read_manifest(path / MANIFEST) or {}).get("run"))
+    return held
+
+
+def _identity_in(path: Path) -> dict[str, Any] | None:
     try:
-        identity = json.loads((path / CONFIG).read_text())
+        return _identity_of(json.loads(path.read_text()))
     except (OSError, ValueError):
         return None
-    ours = isinstance(identity, dict) and set(identity) == {"experiment", "config"}
-    return identity if ours else None
+
+
+def _identity_of(value: Any) -> dict[str, Any] | None:
+    ours = isinstance(value, dict) and set(value) == {"experiment", "config"}
+    return value if ours else None
 
 
 def _describe_conflict(path: Path, held: dict[str, Any], asked: dict[str, Any]) -> str:

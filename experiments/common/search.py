@@ -3,17 +3,19 @@
 A study has planned trials, with an index from 0, and each of them has attempts, which
 are Optuna's trials. An attempt that was killed, interrupted or failed is marked FAIL,
 and the next one has the same parameters. A planned trial is finished when one of its
-attempts is COMPLETE or PRUNED.
+attempts is COMPLETE.
 
-    study.journal   all trials, unless they are kept elsewhere
+    study.journal   all trials, unless another journal keeps them
     study.locks/    what tells a worker that is alive from one that was killed
+
+Several machines share a study through a journal on a file system that all of them see
+and whose locks reach all of them.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import fcntl
 import json
@@ -21,10 +23,8 @@ import math
 import os
 import socket
 import sys
-import threading
 import time
 import uuid
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +33,11 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.common.choices import Pruner, Sampler
+from experiments.common.choices import Sampler
 from experiments.common.journal import open_journal
 from experiments.common.pool import run_jobs
 from experiments.common.run_dir import RunDirError, describe_differences
@@ -58,16 +57,15 @@ _HOST = "host"
 _WORKER = "worker"
 _PLAN = "plan"
 _POLL_SECONDS = 0.5
-_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
     """A study, and how many finished trials it is to have.
 
-    `trials` may grow later, and storage and heartbeat may change. The other settings
-    make up the plan, which a study keeps: the same plan and one worker give the same
-    trials, also if they were killed and resumed in between.
+    `trials` may grow later, and the journal may move. The other settings make up the
+    plan, which a study keeps: the same plan and one worker give the same trials, also
+    if they were killed and resumed in between.
 
     Raises:
       ValueError: a setting is invalid.
@@ -75,58 +73,37 @@ class Search:
 
     name: str
     directory: Path
-    """Where the locks lie, and the journal."""
+    """Where the locks lie, and the journal unless `storage` is another."""
     trials: int
     """Finished trials wanted."""
     seed: int = 0
     sampler: Sampler = "tpe"
-    pruner: Pruner = "none"
-    warmup_steps: int = 0
-    """Steps before which nothing is pruned; hyperband's smallest budget."""
-    max_steps: int | None = None
-    """Steps that a trial reports when it is not pruned; for hyperband."""
     first: Sequence[Mapping[str, Any]] = ()
     """Parameters of the first trials; the sampler chooses what they leave open."""
     space: Any = None
     """All else that decides the trials, such as ranges and settings; JSON values."""
-    storage: str | None = None
-    """URL of a database, or another journal's path."""
-    heartbeat: int | None = None
-    """Seconds between signs of life in the database, so that workers on other machines
-    notice when this one is gone (after five of them)."""
+    storage: Path | None = None
+    """Another journal, which several directories may share."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "trials")
         require("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2**32 - 1")
-        require_kinds(self, sampler=Sampler, pruner=Pruner)
-        require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
-        known = self.max_steps is not None and self.max_steps > self.warmup_steps
-        holds = known or self.pruner != "hyperband"
-        require("max_steps", self.max_steps, holds, "above warmup_steps for hyperband")
+        require_kinds(self, sampler=Sampler)
         holds = len(self.first) <= self.trials
         require("trials", self.trials, holds, f"at least {len(self.first)}, as `first`")
-        holds = self.heartbeat is None or (self.heartbeat >= 1 and self._is_url)
-        require("heartbeat", self.heartbeat, holds, "at least 1, and for a database")
 
     @property
     def plan(self) -> dict[str, Any]:
         """The settings that a study keeps, as JSON gives them back."""
-        names = ("seed", "sampler", "pruner", "warmup_steps", "max_steps", "space")
-        plan = {name: getattr(self, name) for name in names}
+        plan = {name: getattr(self, name) for name in ("seed", "sampler", "space")}
         plan["first"] = [dict(params) for params in self.first]
         restored: dict[str, Any] = json.loads(json.dumps(plan))
         return restored
 
     @property
-    def journal(self) -> Path | None:
-        """The journal's path, None with a database."""
-        if self._is_url:
-            return None
-        return self.directory / JOURNAL if self.storage is None else Path(self.storage)
-
-    @property
-    def _is_url(self) -> bool:
-        return self.storage is not None and "://" in self.storage
+    def journal(self) -> Path:
+        """The journal's path."""
+        return self.directory / JOURNAL if self.storage is None else self.storage
 
 
 def open_study(search: Search) -> optuna.Study:
@@ -134,26 +111,18 @@ def open_study(search: Search) -> optuna.Study:
 
     Raises:
       RunDirError: the study has another plan or more trials than asked for, or its
-        storage cannot be used.
+        journal cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = _PlannedSampler(search.sampler, search.seed)
     with _locked(search):
-        try:
-            study = optuna.create_study(
-                storage=_open_storage(search),
-                study_name=search.name,
-                sampler=sampler,
-                pruner=_PRUNERS[search.pruner](search),
-                direction="maximize",
-                load_if_exists=True,
-            )
-        except RunDirError:
-            raise
-        except Exception as error:  # which one depends on the database and its driver
-            raise RunDirError(
-                f"the storage of study {search.name!r} cannot be used: {error}"
-            ) from error
+        study = optuna.create_study(
+            storage=open_journal(search.journal),
+            study_name=search.name,
+            sampler=sampler,
+            direction="maximize",
+            load_if_exists=True,
+        )
         _enter_plan(study, search)
     return study
 
@@ -179,7 +148,7 @@ def run(
     if alone:
         for attempt in _attempts(study, TrialState.RUNNING):
             _fail(study, attempt.number)
-    missing = search.trials - len(_attempts(study, *_FINISHED))
+    missing = search.trials - len(_attempts(study, TrialState.COMPLETE))
     for row in run_jobs(run_trial, [(search, objective)] * missing, workers):
         if row is not None:
             yield row
@@ -189,8 +158,8 @@ def run_trial(search: Search, objective: Objective) -> Row | None:
     """Runs the first planned trial that nobody is at, from its beginning to its end.
 
     While others are at all that are left it waits, ready to take over from one that
-    is killed. One on another machine whose death goes unnoticed, for want of a
-    heartbeat, can be given up with `study.tell(number, state=TrialState.FAIL)`.
+    is killed. The death of one on another machine goes unnoticed: it can be given up
+    with `open_study(search).tell(number, state=TrialState.FAIL)`.
 
     Returns:
       The trial's row of `table`; None when all planned trials are finished.
@@ -207,11 +176,10 @@ def run_trial(search: Search, objective: Objective) -> Row | None:
             with _locked(search):
                 trial = _begin_attempt(study, search, worker)
             if trial is not None:
-                with _heartbeat(search, trial):
-                    finished = _finish_attempt(study, trial, objective)
+                finished = _finish_attempt(study, trial, objective)
                 if finished is not None:
                     return _row(finished)
-            elif len(_attempts(study, *_FINISHED)) >= search.trials:
+            elif len(_attempts(study, TrialState.COMPLETE)) >= search.trials:
                 return None
             else:
                 if not told:
@@ -223,14 +191,14 @@ def run_trial(search: Search, objective: Objective) -> Row | None:
 def table(study: optuna.Study) -> list[Row]:
     """One row for each finished planned trial, by index, all with the same columns.
 
-    The columns are number (the index), state, value, the parameters, the objective's
-    user attributes and seconds; these names have to differ. Attempts that did not
+    The columns are number (the index), value, the parameters, the objective's user
+    attributes and seconds; these names have to differ. Attempts that did not
     finish leave no trace; what a trial does not have is None.
     """
-    attempts = sorted(_attempts(study, *_FINISHED), key=_index)
+    attempts = sorted(_attempts(study, TrialState.COMPLETE), key=_index)
     params = sorted({name for attempt in attempts for name in attempt.params})
     attrs = sorted({name for attempt in attempts for name in _attributes(attempt)})
-    columns = ("number", "state", "value", *params, *attrs, "seconds")
+    columns = ("number", "value", *params, *attrs, "seconds")
     rows = map(_row, attempts)
     return [{name: row.get(name) for name in columns} for row in rows]
 
@@ -239,7 +207,6 @@ def _row(attempt: FrozenTrial) -> Row:
     duration = attempt.duration
     return {
         "number": _index(attempt),
-        "state": attempt.state.name,
         "value": attempt.value,
         **attempt.params,
         **_attributes(attempt),
@@ -267,7 +234,7 @@ def _begin_attempt(
     study: optuna.Study, search: Search, worker: Path
 ) -> optuna.Trial | None:
     """Begins the first planned trial that is neither under way nor finished, if any."""
-    _fail_stale(study, search)
+    _fail_stale(study)
     attempts = collections.defaultdict(list)
     for attempt in _attempts(study):
         attempts[_index(attempt)].append(attempt)
@@ -307,14 +274,10 @@ def _finish_attempt(
 ) -> FrozenTrial | None:
     """Runs the objective; None if another machine has taken this worker for dead."""
     try:
-        try:
-            value = float(objective(trial))
-            if math.isnan(value):
-                raise ValueError("the objective is not a number")
-        except optuna.TrialPruned:
-            told = study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
-        else:
-            told = study.tell(trial, value, skip_if_finished=True)
+        value = float(objective(trial))
+        if math.isnan(value):
+            raise ValueError("the objective is not a number")
+        told = study.tell(trial, value, skip_if_finished=True)
     except UpdateFinishedTrialError:
         return None
     except BaseException as error:
@@ -324,7 +287,7 @@ def _finish_attempt(
             f"{trial.params}; it is put back."
         )
         raise
-    return told if told.state in _FINISHED else None
+    return told if told.state == TrialState.COMPLETE else None
 
 
 def _fail(study: optuna.Study, number: int) -> None:
@@ -347,7 +310,7 @@ def _enter_plan(study: optuna.Study, search: Search) -> None:
         if study.get_trials() or study.direction != StudyDirection.MAXIMIZE:
             raise RunDirError(
                 f"study {search.name!r} was not made by this program: choose another "
-                "name or storage"
+                "name or journal"
             )
         study.set_user_attr(_PLAN, search.plan)
     elif held != search.plan:
@@ -355,26 +318,12 @@ def _enter_plan(study: optuna.Study, search: Search) -> None:
             f"study {search.name!r} has another plan: choose another directory or name"
             f"\n{describe_differences(held, search.plan)}"
         )
-    finished = len(_attempts(study, *_FINISHED))
+    finished = len(_attempts(study, TrialState.COMPLETE))
     if finished > search.trials:
         raise RunDirError(
             f"study {search.name!r} has {finished} finished trials already: ask for as "
             f"many or more, not for {search.trials}"
         )
-
-
-def _open_storage(search: Search) -> BaseStorage:
-    if search.journal is not None:
-        return open_journal(search.journal)
-    assert search.storage is not None
-    arguments: dict[str, Any] = {}
-    if search.storage.startswith("sqlite"):
-        arguments["engine_kwargs"] = {"connect_args": {"timeout": 60}}
-    if search.heartbeat is not None:
-        arguments["heartbeat_interval"] = search.heartbeat
-        arguments["grace_period"] = 5 * search.heartbeat
-    with _experimental_allowed():
-        return RDBStorage(search.storage, **arguments)
 
 
 @contextlib.contextmanager
@@ -403,11 +352,8 @@ def _worker_lock(search: Search) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _fail_stale(study: optuna.Study, search: Search) -> None:
+def _fail_stale(study: optuna.Study) -> None:
     """Marks the attempts whose workers are gone, as far as this machine can tell."""
-    if search.heartbeat is not None:
-        with _experimental_allowed():
-            fail_stale_trials(study)
     for attempt in _attempts(study, TrialState.RUNNING):
         # Locks are not to be trusted across machines, nor can all of them see the file.
         if attempt.user_attrs[_HOST] != socket.gethostname():
@@ -429,41 +375,15 @@ def _is_unlocked(path: Path) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _heartbeat(search: Search, trial: optuna.Trial) -> Iterator[None]:
-    """Signs of life in the database: Optuna gives them only in `Study.optimize`."""
-    if search.heartbeat is None:
-        yield
-        return
-    storage = _open_storage(search)
-    assert isinstance(storage, RDBStorage)
-    ended = threading.Event()
-
-    def beat() -> None:
-        while True:
-            storage.record_heartbeat(trial._trial_id)
-            if ended.wait(search.heartbeat):
-                return
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-@contextlib.contextmanager
-def _experimental_allowed() -> Iterator[None]:
-    """Silences the warnings that Optuna's heartbeat is experimental."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
-
-
+# What Optuna's defaults are changes: those of 5.0 make "tpe", those of the releases
+# before it "univariate_tpe", which is what searches of the paper's time ran with.
 _SAMPLERS: dict[Sampler, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "tpe": lambda seed: optuna.samplers.TPESampler(
+        seed=seed, multivariate=True, constant_liar=True
+    ),
+    "univariate_tpe": lambda seed: optuna.samplers.TPESampler(
+        seed=seed, multivariate=False, constant_liar=False
+    ),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 
@@ -508,29 +428,3 @@ class _PlannedSampler(optuna.samplers.BaseSampler):
         entropy = [self._seed, _index(trial), zlib.crc32(name.encode())]
         seed = np.random.SeedSequence(entropy).generate_state(1)
         return _SAMPLERS[self._kind](int(seed[0]))
-
-
-class _PlannedHyperband(optuna.pruners.HyperbandPruner):
-    """Hyperband that chooses brackets by index, and leaves failed attempts out of them.
-
-    Optuna's goes by the number of the attempt, and compares a trial with what the
-    attempt before it had reported.
-    """
-
-    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
-        if trial.state == TrialState.FAIL:
-            return -1
-        planned = copy.copy(trial)
-        planned.number = _index(trial)
-        return super()._get_bracket_id(study, planned)
-
-
-_PRUNERS: dict[Pruner, Callable[[Search], optuna.pruners.BasePruner]] = {
-    "none": lambda search: optuna.pruners.NopPruner(),
-    "median": lambda search: optuna.pruners.MedianPruner(
-        n_warmup_steps=search.warmup_steps
-    ),
-    "hyperband": lambda search: _PlannedHyperband(
-        min_resource=max(1, search.warmup_steps), max_resource=search.max_steps or 1
-    ),
-}

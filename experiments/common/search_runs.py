@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from experiments.common.cli import Invocation, SearchOptions, announce
+from experiments.common.cli import Invocation, SearchOptions, announced
 from experiments.common.run_dir import RunDir, RunDirError
 from experiments.common.search import JOURNAL, Objective, Row, Search, open_study, table
 from experiments.common.search import run as run_study
@@ -47,7 +47,7 @@ def search_dir(
     if options.overwrite and options.storage is not None:
         raise RunDirError(
             "--overwrite leaves the trials in --storage as they are: choose another "
-            "storage, or delete its studies and start without --overwrite"
+            "journal, or delete this one and start without --overwrite"
         )
     fields = {**dataclasses.asdict(config), **(identity or {})}
     wanted = {name: fields.pop(name) for name in changing}
@@ -69,8 +69,8 @@ def search_dir(
                 )
             if any(held[name] != value for name, value in wanted.items()):
                 run.reopen()
-        announce(run)
-        yield run
+        with announced(run):
+            yield run
 
 
 def run_missing(
@@ -103,8 +103,3 @@ def run_missing(
             bar.update()
             run.save_manifest()
     return table(open_study(study))
-
-
-def heartbeat_for(storage: str | None) -> int | None:
-    """Seconds between signs of life, so that other machines notice when one is gone."""
-    return 60 if storage is not None and "://" in storage else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 
-from experiments.common.choices import Preset, Pruner, Sampler
+from experiments.common.choices import Preset, Sampler
 from experiments.common.settings import fields_of
 from experiments.common.validation import (
     require,
@@ -347,9 +347,8 @@ class SearchConfig(Settings):
     trials: int = 16
     """Finished trials; those that ended early count."""
     sampler: Sampler = "random"
-    """random, or tpe, which looks at what `rule` looks at."""
-    pruner: Pruner = "none"
-    """Pruner of trials that fall behind the others, from half of the epochs on."""
+    """random; or tpe, which looks at what `rule` looks at, at all settings together, or
+    univariate_tpe, as searches of the paper's time, at one after the other."""
     stop: Stop = "fitted"
     """A trial ends at a training accuracy above 97 % (fitted), or at that with less
     than 60 % on held_out environments or on the test set, as in the paper; or never
@@ -357,7 +356,7 @@ class SearchConfig(Settings):
     patience: int = 25
     """Epochs in a row, after the annealing of a penalty, that this has to last."""
     rule: Rule = "held_out"
-    """Metric that tpe and the pruners look at: training (other examples of the training
+    """Metric that tpe looks at: training (other examples of the training
     environments), held_out (other environments), oracle (the test set)."""
     seed: int = 1000
     """Seed of data, initial weights and the order of examples, in all trials."""
@@ -372,7 +371,6 @@ class SearchConfig(Settings):
             rule=Rule,
             space=Space,
             sampler=Sampler,
-            pruner=Pruner,
             stop=Stop,
         )
         require_at_least(self, 1, "trials", "patience")
@@ -382,11 +380,10 @@ class SearchConfig(Settings):
     def clean_rules(self) -> tuple[Rule, ...]:
         """The rules whose choice has seen no more than they name.
 
-        What ends trials, guides the sampler or prunes decides what there is to choose
-        from.
+        What ends trials or guides the sampler decides what there is to choose from.
         """
         seen = {"held_out": 1, "test": 2}.get(self.stop, 0)
-        if self.sampler == "tpe" or self.pruner != "none":
+        if self.sampler != "random":
             seen = max(seen, RULES.index(self.rule))
         return RULES[seen:]
 

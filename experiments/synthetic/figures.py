@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 
 from experiments.common.networks import Variables
 from experiments.common.plots import (
+    BLACK,
     BLUE,
     METHOD_COLORS,
     METHOD_LABELS,
@@ -279,23 +280,29 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
     for method, axes in zip(methods, panels.flat, strict=False):
         own = [row for row in rows if row["method"] == method]
         epochs = [row["epoch"] for row in own]
-        for name, color, label in (
-            ("train", "0.45", "training"),
-            ("test", METHOD_COLORS[method], "o.o.d. test"),
+        # Test first, so that the dashes lie on it where both are the same.
+        for name, color, style, shade in (
+            ("test", METHOD_COLORS[method], "-", 0.25),
+            ("train", BLACK, "--", 0.1),
         ):
             low, mean, high = (
                 [row[f"{name}_{part}"] for row in own]
                 for part in ("lowest", "mean", "highest")
             )
-            axes.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
-            axes.plot(epochs, mean, color=color, lw=1.8, label=label)
-        axes.axhline(0.5, color="0.3", lw=1, ls="--", zorder=1)
+            axes.fill_between(epochs, low, high, color=color, alpha=shade, lw=0)
+            axes.plot(epochs, mean, style, color=color, lw=1.8, zorder=3)
+        axes.axhline(0.5, color="0.3", lw=1, ls=":", zorder=1)
         axes.set_title(METHOD_LABELS[method], fontsize=14)
         axes.set(ylim=(0.35, 1.03), xlabel="Epoch")
-        axes.legend(loc="lower right", fontsize=10)
         percent_axis(axes)
     for axes in panels[:, 0]:
         axes.set_ylabel("Accuracy")
+    handles = [
+        Line2D([], [], color=BLACK, ls="--", label="training"),
+        Line2D([], [], color="0.5", label="o.o.d. test, in the method's colour"),
+        Line2D([], [], color="0.3", lw=1, ls=":", label="chance"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.suptitle("Mean over seeds; shaded from the lowest to the highest seed")
     return figure
 
@@ -395,8 +402,9 @@ def draw_envs(rows: Sequence[Row]) -> Figure:
         xlabel="Training environments (equally many steps and examples per step)",
         ylabel="O.o.d. test accuracy",
     )
-    axes.set_title("Dots: every seed; lines: the best one on held-out environments")
-    axes.legend(loc="center left")
+    if len({row["seed"] for row in rows}) > 1:
+        axes.set_title("Dots: every seed; lines: the best one on held-out environments")
+    figure.legend(loc="outside lower center", ncols=2)
     percent_axis(axes)
     return figure
 

@@ -13,7 +13,6 @@ import optuna
 
 from experiments.common.run_dir import RunDirError
 from experiments.common.search import Search
-from experiments.common.search_runs import heartbeat_for
 from experiments.synthetic.config import (
     PENALIZED,
     Rule,
@@ -32,8 +31,6 @@ from experiments.synthetic.training import (
 # Training accuracy above the first of these, and out-of-distribution accuracy below the
 # second (paper, section 3.1).
 MEMORISED = (0.97, 0.60)
-# Reports of a trial to the pruner; one for each epoch would make up most of a journal.
-REPORTS = 20
 
 # The learning rate is a setting of the trial already, which this would shadow.
 RECORDED = tuple(name for name in METRICS if name != "learning_rate")
@@ -54,18 +51,13 @@ class Objective:
     config: SearchConfig
 
     def __call__(self, trial: optuna.Trial) -> float:
-        """Draws, trains, reports; the trial's user attributes are its last metrics.
-
-        Raises:
-          optuna.TrialPruned: the pruner ended the trial.
-        """
+        """Draws and trains; the trial's user attributes are its last metrics."""
         config = self.train_config(trial)
         trainer, keys = make_trainer(config), make_keys(config.seed)
         dataset = dataset_for(config, config.seed)
         state = trainer.init(keys)
-        score, stopped, pruned = SCORES[self.config.rule], "", False
+        stopped = ""
         done = 0  # epochs in a row that meet the condition of `stop`
-        report_every = math.ceil(config.epochs / REPORTS)
         for epoch in range(config.epochs):
             state, metrics = trainer.epoch(state, dataset, keys, epoch)
             fetched = jax.device_get(metrics)  # at once, not one by one
@@ -79,17 +71,9 @@ class Objective:
                 stopped = "fitted" if self.config.stop == "fitted" else "memorised"
             if stopped:
                 break
-            # A trial that has come to its last epoch is worth keeping.
-            if (epoch + 1) % report_every == 0 and epoch + 1 < config.epochs:
-                trial.report(values[score], epoch + 1)
-                if trial.should_prune():
-                    pruned = True
-                    break
         for name, value in {**values, "epochs": epoch + 1, "stopped": stopped}.items():
             trial.set_user_attr(name, value)
-        if pruned:
-            raise optuna.TrialPruned
-        return values[score]
+        return values[SCORES[self.config.rule]]
 
     def train_config(self, trial: Any) -> TrainConfig:
         """The whole config of a trial."""
@@ -111,7 +95,7 @@ class Objective:
         )
 
 
-def study_of(config: SearchConfig, directory: Path, storage: str | None) -> Search:
+def study_of(config: SearchConfig, directory: Path, storage: Path | None) -> Search:
     """The study that a search works on.
 
     Its first trial is this project's recipe, for every method alike, if the space
@@ -129,19 +113,15 @@ def study_of(config: SearchConfig, directory: Path, storage: str | None) -> Sear
         )
     recipe = recipe_draws(config.method, space)
     settings = dataclasses.asdict(config)
-    own = {name: settings.pop(name) for name in ("trials", "sampler", "pruner")}
+    own = {name: settings.pop(name) for name in ("trials", "sampler")}
     settings["ranges"] = dataclasses.asdict(space)
     return Search(
         name=f"synthetic-{config.method}-{config.space}-{config.seed}",
         directory=directory,
         seed=config.search_seed,
-        # Accuracy rises late where a mask first takes the shortcuts away.
-        warmup_steps=config.epochs // 2,
-        max_steps=config.epochs,
         first=() if recipe is None else (recipe,),
         space=settings,
         storage=storage,
-        heartbeat=heartbeat_for(storage),
         **own,
     )
 
@@ -156,13 +136,12 @@ def select(rows: Sequence[Mapping[str, Any]], rule: Rule) -> Mapping[str, Any]:
         `held_out` at other environments, `oracle` at the test set. See
         `SearchConfig.clean_rules` for what else the trials may have seen.
     """
-    complete = [row for row in rows if row["state"] == "COMPLETE"]
 
     def order(row: Mapping[str, Any]) -> tuple[float, float]:
         loss = row["validation_loss"]
         return row[SCORES[rule]], -loss if math.isfinite(loss) else -math.inf
 
-    return max(complete, key=order)
+    return max(rows, key=order)
 
 
 def chosen_settings(

@@ -319,6 +319,10 @@ def draw_pairs(
     return figure
 
 
+# Of lines that others are drawn on.
+_PALE = {"and_mask": "#99C7E0"}
+
+
 def draw_regression(
     config: RegressionConfig, runs: Mapping[Method, Trajectory]
 ) -> Figure:
@@ -334,11 +338,11 @@ def draw_regression(
     weights, losses = panels.flat[:NUM_WEIGHTS], panels.flat[NUM_WEIGHTS]
     tested = config.train_envs < NUM_ENVS
     for method, run in runs.items():
-        style = {
-            "color": METHOD_COLORS[method],
-            "alpha": max(0.2, 1 / len(run.weights)),
-            # Methods that do the same stay visible as a thin line on a thick one.
-            "lw": {"erm": 1.5, "and_mask": 3.0, "geometric_mean": 1.0}[method],
+        # Methods that do the same stay visible as a thin line on a thick, pale one;
+        # see-through lines would make a colour that the legend lacks.
+        style: dict[str, Any] = {
+            "color": _PALE.get(method, METHOD_COLORS[method]),
+            "lw": {"erm": 1.2, "and_mask": 4.5, "geometric_mean": 0.8}[method],
         }
         for index, axes in enumerate(weights):
             axes.plot(run.weights[..., index].T, **style)
@@ -359,7 +363,13 @@ def draw_regression(
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(0, config.steps)
     handles = [
-        Line2D([], [], color=METHOD_COLORS[method], label=METHOD_LABELS[method])
+        Line2D(
+            [],
+            [],
+            color=_PALE.get(method, METHOD_COLORS[method]),
+            lw=4.5 if method in _PALE else 1.5,
+            label=METHOD_LABELS[method],
+        )
         for method in runs
     ]
     handles.append(Line2D([], [], color="0.4", lw=1, ls=":", label="would fit alone"))

@@ -39,7 +39,7 @@ from experiments.common.plots import (
 )
 from experiments.vision.config import BatchNorm, BatchNormConfig, Norm, VisionOptions
 from experiments.vision.cost import seconds
-from experiments.vision.data import Images, load
+from experiments.vision.data import Images, load, require_read
 from experiments.vision.training import (
     Dataset,
     GradientsFn,
@@ -61,6 +61,7 @@ def run(call: Invocation[BatchNormConfig, VisionOptions]) -> None:
     if redraw(call.options, DRAWINGS, (NAME,)):
         return
     config, options = call.config, call.options
+    require_read(config.dataset, options.data_dir)
     path = call.run_path("vision", f"batch-norm-{options.preset}")
     experiment = "vision batch-norm"
     with figure_dir(path, experiment, call, config, (NAME,), experiment) as run_dir:

@@ -23,7 +23,7 @@ from experiments.vision.config import (
     TrainConfig,
     VisionOptions,
 )
-from experiments.vision.data import load
+from experiments.vision.data import load, require_read
 from experiments.vision.figures import (
     draw_label_noise,
     draw_threshold_curves,
@@ -115,6 +115,7 @@ def _run(
     if redraw(call.options, DRAWINGS, figures):
         return
     config, options = call.config, call.options
+    require_read(config.dataset, options.data_dir)
     path = call.run_path(EXPERIMENT, f"{name}-{options.preset}")
     with figure_dir(path, f"{EXPERIMENT} {name}", call, config, figures, TRAIN) as run:
         if not run.finished:

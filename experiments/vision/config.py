@@ -318,6 +318,11 @@ class VisionOptions(FigureOptions):
     """Folder with the official files of the dataset; without it they are looked for
     where Debian installs them, then asked of tensorflow-datasets."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data_dir is not None and self.results is not None:
+            raise ValueError("data_dir is not read with --from, which trains nothing")
+
 
 def shared_settings(config: Settings) -> dict[str, Any]:
     """The fields of `config` that all runs have."""

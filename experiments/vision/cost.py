@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from experiments.common.cli import Invocation, entered
 from experiments.vision.config import CostConfig, TrainConfig, VisionOptions
-from experiments.vision.data import Images, load
+from experiments.vision.data import Images, load, require_read
 from experiments.vision.model import init_variables
 from experiments.vision.training import (
     architecture_for,
@@ -43,6 +43,7 @@ def run(call: Invocation[CostConfig, VisionOptions]) -> None:
     the mask, it is timed too, and ratios are given with and without it.
     """
     config, options = call.config, call.options
+    require_read(config.dataset, options.data_dir)
     path = call.run_path("vision", f"cost-{options.preset}")
     with entered(call, path, "vision cost", outputs=(ROUNDS,)) as run_dir:
         if not run_dir.finished:

@@ -56,20 +56,23 @@ FASHION_MNIST_MD5: Mapping[str, str] = MappingProxyType(
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     }
 )
+# Its builders import TensorFlow, which it does not ask pip for.
+_TENSORFLOW_DATASETS = (
+    "(3) pip install tensorflow-datasets tensorflow array_record importlib_resources, "
+    "which downloads the data when a network is there"
+)
 WAYS: Mapping[DatasetName, str] = MappingProxyType(
     {
         "cifar10": (
             f"(1) download {CIFAR10_ARCHIVE} from "
             "https://www.cs.toronto.edu/~kriz/cifar.html and give its folder as "
             f"--data-dir; (2) give as --data-dir a folder with {CIFAR10_FOLDER}/, or "
-            "with the six batch files themselves; (3) pip install tensorflow-datasets "
-            "array_record, which downloads the data when a network is there"
+            f"with the six batch files themselves; {_TENSORFLOW_DATASETS}"
         ),
         "fashion_mnist": (
             "(1) apt-get install dataset-fashion-mnist (Debian, Ubuntu); (2) download "
             "the four .gz files from https://github.com/zalandoresearch/fashion-mnist "
-            "and give their folder as --data-dir; (3) pip install tensorflow-datasets "
-            "array_record, which downloads the data when a network is there"
+            f"and give their folder as --data-dir; {_TENSORFLOW_DATASETS}"
         ),
         "generated": "it needs no files",
     }
@@ -144,7 +147,17 @@ def load(
     )
 
 
+def require_read(name: DatasetName, data_dir: Path | None) -> None:
+    """Raises DataError for a folder that the dataset is not read from."""
+    if name == "generated" and data_dir is not None:
+        raise DataError(
+            "--data-dir is not read: the dataset 'generated' is made anew; leave it "
+            "out, or choose another with --dataset"
+        )
+
+
 def _find(name: DatasetName, data_dir: Path | None) -> Images:
+    require_read(name, data_dir)
     if name == "generated":
         return generate()
     if data_dir is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -172,11 +173,9 @@ def _panels(
 
 
 def _shades(count: int) -> list[Any]:
-    """Colours from black, for averaging, to light blue."""
-    dark, light = np.array([0.0, 0.2, 0.4]), np.array([0.55, 0.8, 0.95])
-    steps = np.linspace(0, 1, max(count - 1, 1))[:, None]
-    blues = [tuple(color) for color in (1 - steps) * dark + steps * light]
-    return [BLACK, *blues][:count]
+    """Black, for averaging, and colours in an order, whose hues tell them apart."""
+    plasma = colormaps["plasma"](np.linspace(0.05, 0.9, max(count - 1, 1)))
+    return [BLACK, *plasma][:count]
 
 
 def _in_order(rows: Sequence[Row], column: str) -> list[Any]:

@@ -7,7 +7,7 @@ nothing, and parameters that are computed together share the work.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +206,8 @@ class EnvGrad(NoArray):
     _mend = (
         "it lives inside one trace and takes no arithmetic. Put hardvary's aggregator "
         "first in the chain, inside the same jit; to leave a jit, or to cross a scan "
-        "or a cond, take .stats(...), .mean() or .stack() first"
+        "or a cond, take .stats(...), .mean() or .stack() first; optax.MultiSteps goes "
+        "behind the aggregator"
     )
 
     def __init__(self, answers: Answers, index: int, like: Any) -> None:
@@ -384,6 +385,43 @@ def env_grads(
         return (grads, value[1]) if has_aux else grads
 
     return grad_fn
+
+
+@overload
+def value_and_env_grads(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    in_axes: InAxes = 0,
+    axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
+    microbatch_size: int | None = None,
+) -> Callable[..., tuple[jax.Array, PyTree]]: ...
+
+
+@overload
+def value_and_env_grads(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: Literal[True],
+    in_axes: InAxes = 0,
+    axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
+    microbatch_size: int | None = None,
+) -> Callable[..., tuple[tuple[jax.Array, Any], PyTree]]: ...
+
+
+@overload
+def value_and_env_grads(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    in_axes: InAxes = 0,
+    axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
+    microbatch_size: int | None = None,
+) -> Callable[..., Any]: ...
 
 
 def value_and_env_grads(

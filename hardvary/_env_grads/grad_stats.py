@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.extend.random as jex_random
@@ -200,6 +200,51 @@ def grad_stats(
         return (result, value[1]) if has_aux else result
 
     return stats_fn
+
+
+@overload
+def value_and_grad_stats(
+    loss_fn: Callable[..., Any],
+    *,
+    stats: Sequence[StatName] = ("mean", "sign"),
+    method: Method = "fused",
+    microbatch_size: int | None = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    in_axes: InAxes = 0,
+    axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
+) -> Callable[..., tuple[jax.Array, PyTree]]: ...
+
+
+@overload
+def value_and_grad_stats(
+    loss_fn: Callable[..., Any],
+    *,
+    stats: Sequence[StatName] = ("mean", "sign"),
+    method: Method = "fused",
+    microbatch_size: int | None = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[True],
+    in_axes: InAxes = 0,
+    axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
+) -> Callable[..., tuple[tuple[jax.Array, Any], PyTree]]: ...
+
+
+@overload
+def value_and_grad_stats(
+    loss_fn: Callable[..., Any],
+    *,
+    stats: Sequence[StatName] = ("mean", "sign"),
+    method: Method = "fused",
+    microbatch_size: int | None = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    in_axes: InAxes = 0,
+    axis_name: AxisName | None = None,
+    env_axis_name: str | None = None,
+) -> Callable[..., Any]: ...
 
 
 def value_and_grad_stats(

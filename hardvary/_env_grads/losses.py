@@ -1,7 +1,7 @@
 """Gradients of losses that look at each other."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,12 @@ import numpy as np
 from hardvary import _validate, sharding
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.env_grad import answered, checked_weights
-from hardvary._env_grads.problem import check_arguments, split_aux
+from hardvary._env_grads.problem import (
+    check_arguments,
+    describe_arguments,
+    split_aux,
+    take_params,
+)
 from hardvary._env_grads.source import Source
 from hardvary._typing import PyTree
 
@@ -70,6 +75,34 @@ class _Rows(Source):
         return list(rows)
 
 
+@overload
+def value_and_env_grads_of_losses(
+    losses_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    microbatch_size: int = 1,
+) -> Callable[..., tuple[jax.Array, PyTree]]: ...
+
+
+@overload
+def value_and_env_grads_of_losses(
+    losses_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: Literal[True],
+    microbatch_size: int = 1,
+) -> Callable[..., tuple[tuple[jax.Array, Any], PyTree]]: ...
+
+
+@overload
+def value_and_env_grads_of_losses(
+    losses_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    microbatch_size: int = 1,
+) -> Callable[..., Any]: ...
+
+
 def value_and_env_grads_of_losses(
     losses_fn: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
@@ -123,15 +156,7 @@ def value_and_env_grads_of_losses(
 
     def value_and_grads_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:
         name = "value_and_env_grads_of_losses"
-        positions = (argnums,) if isinstance(argnums, int) else argnums
-        if max(positions) >= len(args):
-            raise ValueError(
-                f"argnums {argnums!r} needs more than the {len(args)} positional "
-                "arguments given"
-            )
-        own = tuple(args[i] for i in positions)
-        params = own[0] if isinstance(argnums, int) else own
-        _validate.real_floating(params, "parameters")
+        positions, params = take_params(args, argnums)
         others = [arg for i, arg in enumerate(args) if i not in positions]
         params = sharding.vary_like(params, (others, kwargs))
 
@@ -139,7 +164,12 @@ def value_and_env_grads_of_losses(
             given = dict(enumerate(args))
             own = (params,) if isinstance(argnums, int) else params
             given |= zip(positions, own, strict=True)
-            output = losses_fn(*given.values(), **kwargs)
+            try:
+                output = losses_fn(*given.values(), **kwargs)
+            except Exception as error:
+                shapes = describe_arguments(list(given.values()), kwargs)
+                error.add_note(f"hardvary called losses_fn with {shapes}")
+                raise
             losses, aux = split_aux(output, has_aux)
             return _checked(losses, has_aux), aux
 

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,21 @@ from hardvary._typing import AxisName, PyTree
 # arguments, or a mapping from positions and names of arguments.
 InAxes = Any
 _Key = int | str
+_UNEQUAL = (
+    "Environments of unequal size: draw as many examples from each, or pad them and "
+    "give the padding weight 0 in the loss"
+)
+# Arrays of an argument that a message shows.
+_SHOWN = 4
+
+
+class _Argument(NamedTuple):
+    """The beginning of a path."""
+
+    key: _Key
+
+    def __str__(self) -> str:
+        return f"argument {self.key!r}"
 
 
 def check_arguments(
@@ -43,6 +58,46 @@ def check_arguments(
     return result[0] if single else result
 
 
+def take_params(
+    args: tuple[Any, ...], argnums: int | tuple[int, ...]
+) -> tuple[tuple[int, ...], PyTree]:
+    """Positions of the differentiated arguments, and these: a tuple for several.
+
+    Raises:
+      TypeError: parameters that are not real floating.
+      ValueError: a position that is not given.
+    """
+    positions = (argnums,) if isinstance(argnums, int) else argnums
+    if max(positions) >= len(args):
+        raise ValueError(
+            f"argnums {argnums!r} needs more than the {len(args)} positional "
+            "arguments given"
+        )
+    for i in positions:
+        where = (
+            "parameters" if isinstance(argnums, int) else f"parameters, argument {i}"
+        )
+        _validate.real_floating(args[i], where)
+    params = tuple(args[i] for i in positions)
+    return positions, params[0] if isinstance(argnums, int) else params
+
+
+def describe_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The arguments of a loss, each with the shapes of its first arrays."""
+    given = [*enumerate(args), *kwargs.items()]
+    return "; ".join(f"argument {key!r}: {_shapes(arg)}" for key, arg in given)
+
+
+def _shapes(arg: Any) -> str:
+    leaves = [
+        f"{jax.tree_util.keystr(path)} {jnp.result_type(leaf)}{list(np.shape(leaf))}"
+        for path, leaf in jax.tree.leaves_with_path(arg)
+        if _validate.is_array(leaf)
+    ]
+    rest = [f"{len(leaves) - _SHOWN} more"] if len(leaves) > _SHOWN else []
+    return ", ".join([*leaves[:_SHOWN], *rest]).strip() or "no array"
+
+
 class Problem:
     """A loss with its parameters and the batches of all environments, checked.
 
@@ -63,17 +118,9 @@ class Problem:
         axis_name: AxisName | None = None,
     ) -> None:
         self._single = isinstance(argnums, int)
-        positions = (argnums,) if isinstance(argnums, int) else argnums
-        if max(positions) >= len(args):
-            raise ValueError(
-                f"argnums {argnums!r} needs more than the {len(args)} positional "
-                "arguments given"
-            )
         self._loss_fn, self._has_aux = loss_fn, has_aux
-        self._positions, self._num_args = positions, len(args)
-        params = tuple(args[i] for i in positions)
-        params = params[0] if self._single else params
-        _validate.real_floating(params, "parameters")
+        self._in_axes, self._num_args = in_axes, len(args)
+        self._positions, params = positions, params = take_params(args, argnums)
         others: dict[Any, Any] = {
             i: arg for i, arg in enumerate(args) if i not in positions
         }
@@ -82,7 +129,10 @@ class Problem:
         self._parts = {key: _Mapped(key, arg, axes[key]) for key, arg in others.items()}
         leaves = [leaf for part in self._parts.values() for leaf in part.paths]
         num_envs = _validate.leading_size(
-            leaves, "batch leaves", "; in_axes={argument: None} shares one with all"
+            leaves,
+            "batch leaves",
+            f". {_UNEQUAL}. To share an argument with all environments: "
+            "in_axes={argument: None}",
         )
         if num_envs is None:
             raise ValueError(
@@ -117,7 +167,20 @@ class Problem:
                 "collective over environments, such as a shared batch norm, pass its "
                 "name as env_axis_name to the gradient oracle"
             ) from error
+        except Exception as error:
+            error.add_note(self._note(args, given))
+            raise
         return self._checked(output)
+
+    def _note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        given = describe_arguments(args, kwargs)
+        one = _is_axis(self._in_axes)
+        axes = f"axis {self._in_axes}" if one else f"in_axes={self._in_axes!r}"
+        return (
+            f"hardvary called loss_fn for ONE of {self.num_envs} environments, with "
+            f"{given}. It took {axes} of the batch as environments; in_axes can name "
+            "another axis, or None for what all environments share"
+        )
 
     def value_and_grad(self, params: PyTree, env_batch: Sequence[jax.Array]) -> Any:
         """Returns `((loss, aux), grads)` of one environment."""
@@ -237,7 +300,7 @@ class _Mapped:
             axis = None
         if axis is not None:
             for path, leaf in leaves:
-                where = (jax.tree_util.DictKey(key), *path)
+                where = (_Argument(key), *path)
                 size = self._size(key, where, leaf, axis)
                 self.paths.append((where, jax.ShapeDtypeStruct((size,), jnp.float32)))
         self._subtrees.append((None if axis is None else int(axis), subtree))
@@ -245,10 +308,14 @@ class _Mapped:
     def _size(self, key: _Key, path: Any, leaf: Any, axis: int) -> int:
         """The number of environments of a leaf that is mapped over."""
         if not _validate.is_array(leaf):
+            mend = "Turn it into an array"
+            if isinstance(leaf, np.ndarray):
+                mend = f"Its elements are {leaf.dtype}s. {_UNEQUAL}"
+            found = _validate.a_or_an(type(leaf).__name__)
             raise TypeError(
                 f"batch leaves must be arrays; the leaf at {_validate.leaf_path(path)} "
-                f"is {_validate.a_or_an(type(leaf).__name__)}. Turn it into an array, "
-                f"or share it with all environments: in_axes={{{key!r}: None}}"
+                f"is {found}. {mend}, or share it with all environments: "
+                f"in_axes={{{key!r}: None}}"
             )
         ndim = np.ndim(leaf)
         if not -ndim <= axis < ndim:

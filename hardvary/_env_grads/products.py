@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hardvary import _hyperparams
 from hardvary._env_grads import forms
 from hardvary._typing import AxisName, PyTree
 
@@ -117,11 +118,7 @@ def combine(
     given = forms.read(grads, "combine", None, env_weights, axis_name)
     # One array for all leaves: an EnvGrad knows weights by their identity.
     weights = jax.tree.map(jnp.asarray, weights)
-    try:
-        shared = jax.tree.broadcast(weights, grads, is_leaf=forms.is_leaf)
-    except ValueError as error:
-        raise ValueError(
-            "combine: weights must be an array [env], or a tree prefix of params with "
-            f"such arrays: {error}"
-        ) from error
-    return given.unflatten(given.combine(jax.tree.leaves(shared)))
+    rule = "combine: weights must be an array [env], or a tree of such arrays"
+    parts = _hyperparams.spread(weights, grads, rule, forms.is_leaf)
+    shared = [leaf for _, leaf, size in parts for _ in range(size)]
+    return given.unflatten(given.combine(shared))

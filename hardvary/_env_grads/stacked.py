@@ -1,7 +1,7 @@
 """Gradients of all environments, stacked: the definition."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,34 @@ def per_env_grad(
         return (grads, value[1]) if has_aux else grads
 
     return grad_fn
+
+
+@overload
+def value_and_per_env_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    in_axes: InAxes = 0,
+) -> Callable[..., tuple[jax.Array, PyTree]]: ...
+
+
+@overload
+def value_and_per_env_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: Literal[True],
+    in_axes: InAxes = 0,
+) -> Callable[..., tuple[tuple[jax.Array, Any], PyTree]]: ...
+
+
+@overload
+def value_and_per_env_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    in_axes: InAxes = 0,
+) -> Callable[..., Any]: ...
 
 
 def value_and_per_env_grad(

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from optax import ScalarOrSchedule
 
 from hardvary import _hyperparams, _validate
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.agreement import reaches
 from hardvary._env_grads.grad_stats import GradStats
-from hardvary._typing import AxisName
+from hardvary._typing import AxisName, ScalarOrSchedule
 from hardvary.aggregators.aggregator import build
 
 

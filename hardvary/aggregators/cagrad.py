@@ -5,16 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from hardvary import _hyperparams, _validate, sharding
-from hardvary._typing import AxisName
+from hardvary._typing import AxisName, ScalarOrSchedule
 from hardvary.aggregators.quadratic import cosines, shortest_reaching
 from hardvary.aggregators.weighting import of_gramian
 
 
 def cagrad(
-    c: ArrayLike = 0.5, *, axis_name: AxisName | None = None
+    c: ScalarOrSchedule = 0.5, *, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""The update near the mean that does most for the environment it does least for.
 

@@ -5,17 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from hardvary import _hyperparams, _validate
 from hardvary._env_grads.forms import Gradients
 from hardvary._env_grads.products import total_square_norms
-from hardvary._typing import AxisName
+from hardvary._typing import AxisName, ScalarOrSchedule
 from hardvary.aggregators.weighting import build
 
 
 def clip_env_norms(
-    max_norm: ArrayLike, *, axis_name: AxisName | None = None
+    max_norm: ScalarOrSchedule, *, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shortens every environment's gradient to a norm, and takes the mean.
 

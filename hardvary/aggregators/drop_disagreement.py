@@ -7,12 +7,12 @@ from jax.typing import ArrayLike
 
 from hardvary import _hyperparams
 from hardvary._env_grads.disagreement import Directions
-from hardvary._typing import AxisName
+from hardvary._typing import AxisName, ScalarOrSchedule
 from hardvary.aggregators.removal import of_directions
 
 
 def drop_disagreement(
-    energy: ArrayLike | optax.Schedule = 0.99,
+    energy: ScalarOrSchedule = 0.99,
     *,
     log_losses: bool = True,
     axis_name: AxisName | None = None,

@@ -5,16 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from hardvary import _hyperparams, _validate
-from hardvary._typing import AxisName
+from hardvary._typing import AxisName, ScalarOrSchedule
 from hardvary.aggregators.quadratic import balanced
 from hardvary.aggregators.weighting import of_gramian
 
 
 def fairgrad(
-    alpha: ArrayLike = 2.0, *, axis_name: AxisName | None = None
+    alpha: ScalarOrSchedule = 2.0, *, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""The update whose gains for the environments are alpha-fair.
 

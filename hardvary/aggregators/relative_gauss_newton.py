@@ -4,12 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from hardvary import _hyperparams, _validate
 from hardvary._env_grads.disagreement import directions, scaled
 from hardvary._env_grads.forms import Gradients
-from hardvary._typing import AxisName
+from hardvary._typing import AxisName, ScalarOrSchedule
 from hardvary.aggregators.removal import LOSSES, in_own_units, without
 from hardvary.aggregators.weighting import build
 
@@ -20,7 +19,7 @@ _BASELINES = {
 
 
 def relative_gauss_newton(
-    strength: ArrayLike | optax.Schedule = 30.0,
+    strength: ScalarOrSchedule = 30.0,
     *,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:

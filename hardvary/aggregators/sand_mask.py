@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from optax import ScalarOrSchedule
 
 from hardvary import _hyperparams, _validate
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.grad_stats import GradStats
-from hardvary._typing import AxisName, Threshold
+from hardvary._typing import AxisName, ScalarOrSchedule, Threshold
 from hardvary.aggregators.aggregator import build
 
 

@@ -7,12 +7,12 @@ from jax.typing import ArrayLike
 from hardvary import _hyperparams
 from hardvary._env_grads.agreement import reaches
 from hardvary._env_grads.disagreement import Directions, sign_sums
-from hardvary._typing import AxisName
+from hardvary._typing import AxisName, ScalarOrSchedule
 from hardvary.aggregators.removal import of_directions
 
 
 def spectral_and_mask(
-    threshold: ArrayLike | optax.Schedule = 1.0,
+    threshold: ScalarOrSchedule = 1.0,
     *,
     log_losses: bool = True,
     axis_name: AxisName | None = None,

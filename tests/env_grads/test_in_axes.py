@@ -326,18 +326,18 @@ def call(oracle, in_axes, *args, loss=loss_fn, **kwargs):
         (
             (None, 3, 0),
             ValueError,
-            r"leaf at \[1\] has no axis 3\. To share it .* in_axes=\{1: None\}",
+            r"leaf at argument 1 has no axis 3\. To share it .* in_axes=\{1: None\}",
         ),
         (
             (None, 0, 1),
             ValueError,
-            r"leaf at \[2\]\['scale'\] has no axis 1\. .* in_axes=\{2: None\}",
+            r"leaf at argument 2\['scale'\] has no axis 1\. .* in_axes=\{2: None\}",
         ),
         (
             (None, 1, 0),
             ValueError,
-            r"must agree on the number of environments.* \[1\] has 5, .* has 4; "
-            r"in_axes=\{argument: None\} shares one with all",
+            r"must agree on the number of environments.* argument 1 has 5, .* has 4\. "
+            r".*To share an argument with all environments: in_axes=\{argument: None\}",
         ),
         (
             (None, None, None),
@@ -356,9 +356,11 @@ def test_arguments_that_cannot_be_mapped_name_the_way_to_share_them(oracle):
     x, extra = arguments()
     with pytest.raises(ValueError, match=r"'scale'\] is a scalar\..*in_axes=\{2: None"):
         call(oracle, 0, x, {**extra, "scale": jnp.float32(1)})
-    with pytest.raises(ValueError, match=r"'shift'\] is a scalar.*\{'shift': None\}"):
+    with pytest.raises(
+        ValueError, match=r"argument 'shift' is a scalar.*\{'shift': None\}"
+    ):
         call(oracle, 0, x, extra, shift=jnp.float32(1))
-    with pytest.raises(ValueError, match=r"'shift'\] has 2"):
+    with pytest.raises(ValueError, match=r"argument 'shift' has 2"):
         call(oracle, 0, x, extra, shift=jnp.zeros(2))
     with pytest.raises(TypeError, match=r"is an? str\. Turn it .* in_axes=\{1: None"):
         call(oracle, 0, "x", extra)

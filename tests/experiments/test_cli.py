@@ -1,10 +1,12 @@
 import dataclasses
+import errno
+import os
 import pathlib
 
 import pytest
 
 from experiments.common.cli import Command, RunOptions, main
-from experiments.common.run_dir import RunDirError
+from experiments.common.run_dir import RunDirError, StoppedError
 from experiments.common.validation import require
 
 
@@ -178,11 +180,57 @@ def test_main_interrupt_says_how_to_go_on_and_exits_130(
     assert capsys.readouterr().err == f"\n{stopped}: {again} from what is saved.\n"
 
 
-def test_main_bug_keeps_its_traceback(call):
-    def run(invocation):
-        raise ValueError("a bug")
+DISK_FULL = "No space left on device"
 
-    with pytest.raises(ValueError, match="a bug"):
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (StoppedError("A worker was killed"), "A worker was killed"),
+        (OSError(errno.ENOSPC, DISK_FULL), f"a file cannot be written ({DISK_FULL})"),
+        (
+            OSError(errno.ENOSPC, DISK_FULL, "x/y"),
+            f"x/y cannot be written ({DISK_FULL})",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x"),
+            "x cannot be written (Permission denied)",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "x"),
+            "x cannot be written (Read-only file system)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_main_stopped_by_the_system_says_how_to_go_on_and_exits_1(
+    call, capsys, error, message
+):
+    def run(invocation):
+        raise error
+
+    code, _ = call("go", run=run)
+    assert code == 1
+    err = capsys.readouterr().err
+    assert err == f"\n{message}: the same command goes on from what is saved.\n"
+
+
+def test_main_smoke_says_that_its_numbers_say_nothing(call, capsys):
+    call("go", "--preset", "smoke")
+    assert "smoke only shows that things run" in capsys.readouterr().err
+    call("go")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a bug"), FileNotFoundError(errno.ENOENT, os.strerror(2), "a bug")],
+)
+def test_main_bug_keeps_its_traceback(call, error):
+    def run(invocation):
+        raise error
+
+    with pytest.raises(type(error), match="a bug"):
         call("go", run=run)
 
 

@@ -304,6 +304,6 @@ def test_search_data_that_are_not_there_are_refused(tmp_path, capsys):
 
 
 def test_search_overwrite_of_a_shared_storage_is_refused(tmp_path, capsys):
-    arguments = ("--out", tmp_path / "run", "--overwrite", "--storage", "sqlite://")
+    arguments = ("--out", tmp_path / "run", "--overwrite", "--storage", tmp_path / "j")
     assert coinrun(*SHORT, *arguments) == 2
     assert "--overwrite leaves the trials in --storage" in capsys.readouterr().err

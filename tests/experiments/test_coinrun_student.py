@@ -406,6 +406,14 @@ def test_train_without_data_says_how_to_make_them(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "search", "rerun"])
+def test_data_that_are_not_read_are_refused(command, tmp_path, capsys):
+    arguments = ("--preset", "smoke", "--data", tmp_path, "--out", tmp_path / "run")
+    assert coinrun(command, *arguments) == 2
+    assert "--data is not read: the dataset 'generated'" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_load_student_is_the_one_that_was_trained(trained, data):
     loaded = load_student(trained)
     chances = loaded.probabilities(data.test.images)
@@ -471,7 +479,7 @@ def test_paper_presets_are_the_papers_settings():
     for config in (best, SEARCH_PRESETS["paper"]):
         assert (config.width, config.blocks, config.epochs) == (64, 2, 30)
     search = SEARCH_PRESETS["paper"]
-    assert (search.trials, search.sampler, search.top) == (1024, "tpe", 10)
+    assert (search.trials, search.sampler, search.top) == (1024, "univariate_tpe", 10)
     states = DATASET_PRESETS["paper"]
     assert (states.levels, states.states_per_level) == (64, 1000)
     assert states.test_levels == 2000

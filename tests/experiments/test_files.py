@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -57,3 +58,13 @@ def test_write_json_non_finite_numbers_stays_strict_json(tmp_path):
     write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5], "c": (1, None)})
     value = json.loads(path.read_text(), parse_constant=refuse)
     assert value == {"a": "nan", "b": ["inf", 1.5], "c": [1, None]}
+
+
+def test_atomic_write_on_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: .*file\.json'"):
+        atomic_write(tmp_path / "file.json", b"{}")
+    assert not any(tmp_path.iterdir())

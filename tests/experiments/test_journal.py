@@ -125,7 +125,7 @@ def test_open_study_of_a_foreign_file_is_refused_and_leaves_it(content, search):
     file = search.directory / "mine"
     file.write_bytes(content)
     with pytest.raises(JournalError, match=re.escape(f"{file}, line 1, is")):
-        open_study(dataclasses.replace(search, storage=str(file)))
+        open_study(dataclasses.replace(search, storage=file))
     assert file.read_bytes() == content
 
 

@@ -1,10 +1,12 @@
 """Jobs in other processes; Ctrl-C and kills are in test_synthetic_commands.py."""
 
 import os
+import signal
 
 import pytest
 
 from experiments.common.pool import run_jobs
+from experiments.common.run_dir import StoppedError
 
 
 def power(base, exponent):
@@ -39,3 +41,14 @@ def test_run_jobs_exception_in_a_job_is_raised_and_ends_the_rest():
     with pytest.raises(ValueError, match="zero"):
         next(results)
     assert list(results) == []
+
+
+def die(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_run_jobs_worker_killed_by_the_system_says_so():
+    with pytest.raises(
+        StoppedError, match="A worker process was killed, as the system"
+    ):
+        list(run_jobs(die, [(1,), (2,)], 1))

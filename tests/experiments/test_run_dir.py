@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 from typing import ClassVar
 
@@ -317,12 +318,127 @@ def test_run_dir_refused_config_frees_the_lock(open_run):
         assert not run.finished
 
 
-def test_run_dir_damaged_summary_says_what_to_do(open_run):
+@pytest.mark.parametrize("text", ["{", "", "[1]", "\0\0"])
+def test_run_dir_damaged_summary_says_what_to_do(open_run, text):
     with open_run() as run:
         run.finish({"loss": 1.0})
-    (run.path / "summary.json").write_text("{")
-    with open_run() as run, pytest.raises(RunDirError, match="--overwrite"):
+    (run.path / "summary.json").write_text(text)
+    with open_run() as run, pytest.raises(RunDirError, match="remove it, and the same"):
         run.summary()
+    (run.path / "summary.json").unlink()
+    with open_run() as run:
+        assert not run.finished
+
+
+DAMAGED_MANIFESTS = [
+    "{",
+    "",
+    "\0\0",
+    "[1]",
+    '{"wall_time_s": "long"}',
+    '{"sessions": [2]}',
+    '{"earlier_environments": 3}',
+]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("text", DAMAGED_MANIFESTS)
+def test_run_dir_damaged_manifest_costs_the_record_alone(
+    open_run, text, finished, capsys
+):
+    with open_run() as run:
+        run.write_metrics([{"epoch": 1.0}])
+        if finished:
+            run.finish({"loss": 1.0})
+    (run.path / "manifest.json").write_text(text)
+    with open_run() as run:
+        assert run.finished == finished
+        assert run.read_metrics() == [{"epoch": 1.0}]
+        assert run.wall_time >= 0
+        assert finished or run.manifest()["sessions"] == 1
+    err = capsys.readouterr().err
+    assert f"warning: {run.path}/manifest.json is damaged: what it recorded" in err
+    assert "begun under" not in err
+
+
+@pytest.mark.parametrize("text", [None, "{", "", "\0\0", "{}", '{"experiment": 1}'])
+def test_run_dir_damaged_config_is_restored_from_the_manifest(open_run, text, capsys):
+    with open_run() as run:
+        config = (run.path / "config.json").read_bytes()
+        run.finish({"loss": 1.0})
+    path = run.path / "config.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RunDirError, match=r"rate: 0\.5 there, 0\.25 asked for"):
+        open_run(ToyConfig(rate=0.25))
+    assert f"{path} is damaged; manifest.json has a copy" in capsys.readouterr().err
+    with open_run() as run:
+        assert run.summary() == {"loss": 1.0}
+    assert path.read_bytes() == config
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["{", json.dumps({"sessions": 1})])
+def test_run_dir_config_and_its_copy_damaged_is_refused_naming_the_mend(
+    open_run, tmp_path, text
+):
+    with open_run() as run:
+        run.finish({"loss": 1.0})
+    (run.path / "config.json").write_text("{")
+    (run.path / "manifest.json").write_text(text)
+    before = contents(run.path)
+    with pytest.raises(RunDirError, match=r"put there the config\.json that the same"):
+        open_run()
+    assert contents(run.path) == before
+    with RunDir(tmp_path / "elsewhere", "toy train", ToyConfig()) as other:
+        os.replace(other.path / "config.json", run.path / "config.json")
+    with open_run() as run:
+        assert run.finished
+
+
+def test_run_dir_finished_run_is_shown_where_nothing_can_be_written(
+    open_run, monkeypatch
+):
+    with open_run() as run:
+        run.finish({"loss": 1.0})
+    (run.path / ".lock").unlink()
+    before = contents(run.path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with open_run() as run:
+        assert run.summary() == {"loss": 1.0}
+    assert contents(run.path) == before
+
+
+@pytest.mark.parametrize("name", ["unfinished", "overwritten"])
+def test_run_dir_where_nothing_can_be_written_is_refused(open_run, monkeypatch, name):
+    with open_run() as run:
+        if name == "overwritten":
+            run.finish({"loss": 1.0})
+
+    def refuse(*arguments):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(RunDirError, match=r"to \(Read-only file system\): choose ano"):
+        open_run(overwrite=name == "overwritten")
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to itself"])
+def test_run_dir_that_cannot_be_made_is_refused(kind, below, tmp_path):
+    path = tmp_path / "there"
+    if kind == "file":
+        path.touch()
+    else:
+        path.symlink_to("nowhere" if "nothing" in kind else "there")
+    reason = "link to nothing" if "link" in kind else "Not a directory"
+    if kind == "file" and not below:
+        reason = "is a file"
+    with pytest.raises(RunDirError, match=reason):
+        RunDir(path / below, "toy", ToyConfig())
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
 @pytest.mark.parametrize(
@@ -400,6 +516,18 @@ def test_git_revision_changed_or_new_file_is_dirty(tmp_path, changed):
     assert clean["dirty"] is False
     assert dirty == {"revision": clean["revision"], "dirty": True}
     assert len(clean["revision"]) == 40
+
+
+def test_run_dir_contents_are_its_files_directories_and_number_of_parts(whole):
+    with RunDir(whole, "toy compare", ToyConfig()) as run:
+        (whole / "checkpoint").mkdir()
+        files = ["config.json", "manifest.json", "summary.json"]
+        assert run.contents() == [*files, "checkpoint/", "4 parts"]
+        for name in ("b", "mine", "other"):
+            shutil.rmtree(whole / name)
+        assert run.contents() == [*files, "checkpoint/", "1 part"]
+        shutil.rmtree(whole / "a")
+        assert run.contents() == [*files, "checkpoint/"]
 
 
 def test_run_dir_two_paths_do_not_disturb_each_other(tmp_path):

@@ -311,3 +311,19 @@ def test_run_epochs_progress_shows_the_chosen_metrics(open_run, capsys):
 def test_run_epochs_without_progress_is_silent(open_run, capsys):
     train(open_run)
     assert capsys.readouterr().err == ""
+
+
+def test_checkpoints_that_cannot_be_written_say_where_and_why(tmp_path, monkeypatch):
+    text = "RESOURCE_EXHAUSTED: Failed to write 7 bytes: No space left on device [28]"
+
+    def fail(*arguments, **settings):
+        raise ValueError(text)
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/1'"):
+        checkpoints.save(1, toy_state())
+    text = "another matter"
+    with pytest.raises(ValueError, match=text):
+        checkpoints.save(1, toy_state())
+    checkpoints.close()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -19,8 +18,7 @@ from experiments.common.search import Search, open_study, run, run_trial, table
 from tests.experiments.conftest import ROOT
 from tests.experiments.toy_search import Toy, finish
 
-COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
-RUNNING = TrialState.RUNNING
+COMPLETE, FAIL, RUNNING = TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING
 FIRST = ({"x": 0.5}, {"x": -0.25, "kind": "deep", "depth": 2})
 
 
@@ -74,7 +72,7 @@ def states(search):
 def check_attempts(search):
     """Every planned trial finished once, and all its attempts had its parameters."""
     trials = open_study(search).trials
-    assert {t.state for t in trials} <= {COMPLETE, PRUNED, FAIL}
+    assert {t.state for t in trials} <= {COMPLETE, FAIL}
     finished = {t.user_attrs["index"]: t for t in trials if t.state != FAIL}
     done = [t.user_attrs["index"] for t in trials if t.state != FAIL]
     assert sorted(done) == list(range(search.trials))
@@ -88,9 +86,9 @@ def check_attempts(search):
 
 
 PLANS = [
-    {"sampler": "random", "pruner": "median", "first": FIRST},
-    {"sampler": "tpe", "pruner": "none", "seed": 3},
-    {"sampler": "tpe", "pruner": "hyperband", "max_steps": 4},
+    {"sampler": "random", "first": FIRST},
+    {"sampler": "tpe", "seed": 3},
+    {"sampler": "univariate_tpe", "first": FIRST},
 ]
 
 
@@ -98,11 +96,10 @@ PLANS = [
 def test_run_trial_killed_at_random_moments_repeats_the_undisturbed_search(
     plan, start, tmp_path
 ):
-    toy = Toy(steps=4)
+    toy = Toy()
     undisturbed = Search("toy", tmp_path / "undisturbed", trials=16, **plan)
     rows = finish(undisturbed, toy)
-    assert states(undisturbed) == [TrialState[row["state"]] for row in rows]
-    assert (PRUNED in states(undisturbed)) == (plan["pruner"] != "none")
+    assert states(undisturbed) == [COMPLETE] * 16
 
     killed = dataclasses.replace(undisturbed, directory=tmp_path / "killed")
     slow = dataclasses.replace(toy, seconds=0.04)
@@ -112,18 +109,11 @@ def test_run_trial_killed_at_random_moments_repeats_the_undisturbed_search(
     assert timeless(table(open_study(killed))) == timeless(rows)
 
 
-@pytest.mark.parametrize(
-    ("storage", "pause"), [(None, 0.1), ("sqlite:///{}/study.db", 0.3)]
-)
 def test_run_trial_two_workers_killed_at_random_moments_finish_every_trial_once(
-    storage, pause, start, tmp_path
+    start, search
 ):
-    directory = tmp_path / "study"
-    directory.mkdir()
-    storage = storage and storage.format(directory)
-    search = Search("toy", directory, trials=12, first=FIRST, storage=storage)
-    toy = Toy(seconds=pause)
-    end(start("kill", search, toy, workers=2, kills=10, pause=pause))
+    search = dataclasses.replace(search, trials=12, first=FIRST)
+    end(start("kill", search, Toy(seconds=0.1), workers=2, kills=10, pause=0.1))
     assert FAIL in states(search)
     check_attempts(search)
     rows = table(open_study(search))
@@ -175,19 +165,6 @@ def test_run_trial_another_seed_gives_other_trials(search, tmp_path):
     assert timeless(finish(other, Toy())) != timeless(rows)
 
 
-def test_run_trial_sqlite_repeats_the_journal(search, tmp_path):
-    search = dataclasses.replace(search, trials=12)
-    rows = finish(search, Toy())
-    (tmp_path / "other").mkdir()
-    database = dataclasses.replace(
-        search,
-        directory=tmp_path / "other",
-        storage=f"sqlite:///{tmp_path}/other/study.db",
-    )
-    assert timeless(finish(database, Toy())) == timeless(rows)
-    assert not (tmp_path / "other" / "study.journal").exists()
-
-
 def test_open_study_larger_extends_and_smaller_is_refused(search, tmp_path):
     finish(dataclasses.replace(search, trials=2), Toy())
     rows = finish(search, Toy())
@@ -202,7 +179,7 @@ def test_open_study_larger_extends_and_smaller_is_refused(search, tmp_path):
     [
         ({"seed": 1}, "seed: 0 there, 1 asked for"),
         ({"sampler": "random"}, "sampler: 'tpe' there, 'random' asked for"),
-        ({"pruner": "median"}, "pruner: 'none' there, 'median' asked for"),
+        ({"sampler": "univariate_tpe"}, "sampler: 'tpe' there, 'univariate_tpe' asked"),
         ({"space": {"x": [0, 1]}}, "space: None there, {'x': \\[0, 1\\]} asked for"),
         ({"first": FIRST[:1]}, "first: \\[\\] there, \\[{'x': 0.5}\\] asked for"),
     ],
@@ -225,18 +202,6 @@ def test_open_study_of_another_program_is_refused(search):
     with pytest.raises(RunDirError, match="'toy' was not made by this program"):
         open_study(search)
     assert foreign.user_attrs == {}
-
-
-@pytest.mark.parametrize(
-    ("storage", "message"),
-    [
-        ("nosuchdatabase://here/study", "storage of study 'toy' cannot be used"),
-        ("sqlite:////nowhere/at/all.db", "storage of study 'toy' cannot be used"),
-    ],
-)
-def test_open_study_unusable_database_is_refused(storage, message, search):
-    with pytest.raises(RunDirError, match=message):
-        open_study(dataclasses.replace(search, storage=storage))
 
 
 def test_run_trial_torn_last_line_costs_nothing_but_that_line(search, tmp_path):
@@ -300,29 +265,29 @@ def test_run_trial_killed_runs_again_with_the_same_parameters(
     assert timeless(finish(search, Toy())) == timeless(rows)
 
 
-@pytest.mark.parametrize("pruner", ["median", "hyperband"])
-def test_run_trial_pruning_ignores_what_failed_attempts_reported(
-    pruner, search, tmp_path
+def test_run_trial_tpe_looks_at_parameters_together_or_one_after_the_other(
+    search, tmp_path, monkeypatch
 ):
-    search = dataclasses.replace(search, trials=15, pruner=pruner, max_steps=9)
-    toy = Toy(steps=9)
-    undisturbed = dataclasses.replace(search, directory=tmp_path / "other")
-    rows = finish(undisturbed, toy)
-    assert PRUNED in states(undisturbed)
+    asked = []
+    sample = optuna.samplers.TPESampler.sample_relative
 
-    def crash(trial):
-        try:
-            return toy(trial)
-        finally:
-            raise OSError("crash")
+    def noted(self, study, trial, space):
+        asked.append(sorted(space))
+        return sample(self, study, trial, space)
 
-    for index in range(search.trials):
-        for _ in range(index % 3):
-            with pytest.raises(OSError, match="crash"):
-                run_trial(search, crash)
-        run_trial(search, toy)
-    check_attempts(search)
-    assert timeless(table(open_study(search))) == timeless(rows)
+    monkeypatch.setattr(optuna.samplers.TPESampler, "sample_relative", noted)
+    together = dataclasses.replace(search, trials=11)
+    alone = dataclasses.replace(
+        together, directory=tmp_path / "alone", sampler="univariate_tpe"
+    )
+    rows = finish(together, Toy())
+    assert asked[-1] == ["kind", "x"]
+    asked.clear()
+    others = finish(alone, Toy())
+    assert not any(asked)
+    # Nothing is known to either yet.
+    assert timeless(rows[:10]) == timeless(others[:10])
+    assert timeless(rows[10:]) != timeless(others[10:])
 
 
 def test_run_trial_draws_every_parameter_anew(search):
@@ -426,22 +391,6 @@ def test_run_trial_waits_for_one_on_another_machine(
     )
 
 
-def test_run_trial_heartbeat_tells_of_death_on_another_machine(search, elsewhere):
-    database = search.directory / "study.db"
-    search.directory.mkdir()
-    search = dataclasses.replace(search, storage=f"sqlite:///{database}", heartbeat=60)
-    elsewhere(search)
-    run_trial(search, Toy())
-    assert states(search) == [RUNNING, COMPLETE]
-    with sqlite3.connect(database) as connection:
-        connection.execute(
-            "update trial_heartbeats set heartbeat = datetime('now', '-6 minutes')"
-        )
-    connection.close()
-    finish(search, Toy())
-    check_attempts(search)
-
-
 def test_run_trial_taken_for_dead_elsewhere_is_run_again(search):
     lost = []
 
@@ -483,13 +432,12 @@ def test_run_trial_begun_on_two_machines_at_once_runs_on_one(search, monkeypatch
 
 
 def test_table_has_the_same_columns_for_every_finished_trial(search):
-    search = dataclasses.replace(search, trials=20, pruner="median", first=FIRST)
+    search = dataclasses.replace(search, trials=20, first=FIRST)
     with pytest.raises(OSError, match="full"):
         run_trial(search, stop_after(1, OSError("full")))
-    rows = finish(search, Toy(steps=4))
-    columns = ["number", "state", "value", "depth", "kind", "x", "twice", "seconds"]
+    rows = finish(search, Toy())
+    columns = ["number", "value", "depth", "kind", "x", "twice", "seconds"]
     assert all(list(row) == columns for row in rows)
-    assert {row["state"] for row in rows} == {"COMPLETE", "PRUNED"}
     for row in rows:
         assert row["twice"] == 2 * row["x"]
         assert (row["depth"] is None) == (row["kind"] == "flat")
@@ -504,11 +452,10 @@ def test_table_has_the_same_columns_for_every_finished_trial(search):
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"trials": 1, "first": FIRST}, "trials must be at least 2, as `first`, got 1"),
         ({"seed": -1}, "seed must be between"),
-        ({"sampler": "grid"}, "sampler must be one of tpe, random, got 'grid'"),
-        ({"pruner": "sha"}, "pruner must be one of"),
-        ({"pruner": "hyperband"}, "max_steps must be above warmup_steps"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
-        ({"heartbeat": 60}, "heartbeat must be at least 1, and for a database"),
+        (
+            {"sampler": "grid"},
+            "sampler must be one of tpe, univariate_tpe, random, got",
+        ),
     ],
 )
 def test_search_invalid_setting_raises_value_error(changes, message, search):

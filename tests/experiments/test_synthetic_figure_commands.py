@@ -161,6 +161,9 @@ def test_draw_envs_shows_the_threshold_that_is_best_on_held_out_environments():
     [dots] = axes.collections
     assert sorted(dots.get_offsets()[:, 1]) == [0.5, 0.7]
     assert axes.lines[0].get_ydata() == [0.7]
+    assert "every seed" in axes.get_title()
+    [axes] = draw_envs(rows[:2]).axes
+    assert axes.get_title() == ""
 
 
 def test_draw_accuracies_bars_are_means_and_dots_are_seeds():

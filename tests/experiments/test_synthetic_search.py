@@ -59,7 +59,7 @@ class RandomTrial:
 def row(**changes):
     """A finished trial as `table` gives it."""
     metrics = dict.fromkeys(RECORDED, 0.5) | {"validation_loss": 1.0}
-    return {"number": 0, "state": "COMPLETE", "stopped": "", **metrics, **changes}
+    return {"number": 0, "stopped": "", **metrics, **changes}
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -154,12 +154,11 @@ def test_recipe_draws_are_the_first_trial_where_the_space_has_them(method, tmp_p
 
 @pytest.mark.parametrize("rule", RULES)
 def test_select_takes_the_most_accurate_by_the_rule_alone(rule):
-    rows = [row(number=i) for i in range(4)]
+    rows = [row(number=i) for i in range(3)]
     rows[1][SCORES[rule]] = 0.9
     for other in RULES:
         if other != rule:
             rows[2][SCORES[other]] = 0.99
-    rows[3] |= {SCORES[rule]: 1.0, "state": "PRUNED"}
     assert select(rows, rule)["number"] == 1
 
 
@@ -194,9 +193,9 @@ def test_objective_is_done_once_it_fits_and_looks_only_where_it_is_told(stop):
         ({"stop": "never", "sampler": "tpe", "rule": "training"}, RULES),
         ({"stop": "held_out"}, ("held_out", "oracle")),
         ({"sampler": "tpe"}, ("held_out", "oracle")),
-        ({"pruner": "median"}, ("held_out", "oracle")),
+        ({"sampler": "univariate_tpe"}, ("held_out", "oracle")),
         ({"stop": "test"}, ("oracle",)),
-        ({"stop": "held_out", "pruner": "median", "rule": "oracle"}, ("oracle",)),
+        ({"stop": "held_out", "sampler": "tpe", "rule": "oracle"}, ("oracle",)),
     ],
     ids=str,
 )
@@ -206,17 +205,11 @@ def test_clean_rules_have_seen_no_more_than_they_name(changes, clean):
 
 
 class Recorder(RandomTrial):
-    """A trial without a study: what the objective reports and keeps."""
+    """A trial without a study: what the objective keeps."""
 
     def __init__(self, seed):
         super().__init__(seed)
-        self.user_attrs, self.reported = {}, []
-
-    def report(self, value, step):
-        self.reported.append(step)
-
-    def should_prune(self):
-        return False
+        self.user_attrs = {}
 
     def set_user_attr(self, name, value):
         self.user_attrs[name] = value
@@ -243,11 +236,10 @@ def test_objective_trial_that_fits_ends_after_annealing_and_patience(
     assert trial.user_attrs["stopped"] == "fitted"
 
 
-def test_objective_reports_now_and_then_and_keeps_its_last_metrics():
+def test_objective_keeps_its_last_metrics():
     config = dataclasses.replace(SMOKE, stop="never", epochs=50)
     trial = Recorder(0)
     value = Objective(config)(trial)
-    assert trial.reported == list(range(3, 49, 3))
     assert trial.user_attrs["epochs"] == 50
     assert trial.user_attrs["stopped"] == ""
     assert value == trial.user_attrs["held_out_accuracy"]
@@ -377,10 +369,30 @@ def test_settings_that_are_not_there_exit_2(source, message, searched, capsys):
 
 
 def test_search_overwrite_of_a_shared_storage_is_refused(tmp_path, capsys):
-    arguments = ("--out", tmp_path / "run", "--overwrite", "--storage", "sqlite://")
+    arguments = ("--out", tmp_path / "run", "--overwrite", "--storage", tmp_path / "j")
     assert synthetic("search", *SHORT, *arguments) == 2
     assert "--overwrite leaves the trials in --storage" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://someone:se-cret@host/study",
+        "mysql+pymysql://host:3306/study?user=someone&password=se-cret",
+        "sqlite:////shared/se-cret.db",
+        "REDIS://:se-cret@host",
+    ],
+)
+def test_search_url_as_storage_is_refused_and_its_password_not_repeated(
+    url, tmp_path, capsys
+):
+    arguments = (*SHORT, "--out", tmp_path / "run", "--storage", url)
+    assert synthetic("search", *arguments) == 2
+    printed = "".join(capsys.readouterr())
+    assert "storage must be the path of a journal file, got a URL" in printed
+    assert "se-cret" not in printed
+    assert not any(tmp_path.iterdir())
 
 
 def test_search_two_directories_share_a_storage(tmp_path):

@@ -190,6 +190,24 @@ def test_memorize_without_data_says_how_to_get_them(tmp_path, capsys):
     assert "holds neither cifar-10-python.tar.gz nor" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["memorize"], "--data-dir is not read: the dataset 'generated' is made anew"),
+        (["batch-norm"], "--data-dir is not read: the dataset 'generated'"),
+        (["cost"], "--data-dir is not read: the dataset 'generated'"),
+        (["figure", "8"], "--data-dir is not read: the dataset 'generated'"),
+        (["memorize", "--from", "there"], "data_dir is not read with --from"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_data_dir_that_is_not_read_is_refused(command, message, tmp_path, capsys):
+    arguments = ("--data-dir", tmp_path, "--out", tmp_path / "run")
+    assert vision(*command, "--preset", "smoke", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_paper_presets_are_the_papers_settings():
     memorize, noise = MEMORIZE_PRESETS["paper"], LABEL_NOISE_PRESETS["paper"]
     for config in (memorize, noise):

@@ -57,7 +57,7 @@ from experiments.coinrun.student.training import (
 from experiments.coinrun.student.training import train as train_student
 from experiments.common.bootstrap import bootstrap, bootstrap_difference
 from experiments.common.checkpoints import Checkpoints
-from experiments.common.cli import Invocation, announce, entered
+from experiments.common.cli import Invocation, announced, entered
 from experiments.common.epochs import State
 from experiments.common.figures import Drawings, finish_figures, redraw
 from experiments.common.files import atomic_write, file_sha256, write_json
@@ -206,13 +206,15 @@ def _entropy(probabilities: np.ndarray) -> float:
 def train(call: Invocation[TrainConfig, DataOptions]) -> None:
     """Trains one student."""
     config, options = call.config, call.options
-    collected, digest = data.load(config.dataset, options.data_dir)
+    collected, digest = data.load(config.dataset, options.data_dir(config.dataset))
     name = f"train-{config.method}-{options.preset}-seed{config.seed}"
     path = call.run_path(EXPERIMENT, name, ("method", "seed"))
-    with train_dir(
-        path, config, digest, call.command, overwrite=options.overwrite
-    ) as run:
-        announce(run)
+    with (
+        train_dir(
+            path, config, digest, call.command, overwrite=options.overwrite
+        ) as run,
+        announced(run),
+    ):
         train_in(run, config, collected)
         print(format_training(run.summary()))
         print(f"Metrics: {run.path / METRICS_FILE}")
@@ -406,7 +408,7 @@ def search(call: Invocation[SearchConfig, SearchOptions]) -> None:
     config, options = call.config, call.options
     if redraw(options, DRAWINGS, tuple(DRAWINGS)):
         return
-    directory = options.data_dir.absolute()
+    directory = options.data_dir(config.dataset).absolute()
     _, digest = data.load(config.dataset, directory)
     name = f"search-{options.preset}-seed{config.seed}"
     with search_dir(

@@ -56,7 +56,7 @@ def rerun(call: Invocation[RerunConfig, RerunOptions]) -> None:
     config, options = call.config, call.options
     if redraw(options, DRAWINGS, (RERUNS,)):
         return
-    directory = options.data_dir.absolute()
+    directory = options.data_dir(config.dataset).absolute()
     _, digest = data.load(config.dataset, directory)
     chosen = load_selected(options.selected_file)
     configs = train_configs(config, chosen)

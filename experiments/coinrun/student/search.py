@@ -28,7 +28,6 @@ from experiments.coinrun.student.training import (
     rates_at,
 )
 from experiments.common.search import Search
-from experiments.common.search_runs import heartbeat_for
 
 # What the value of a trial that diverged stands for; log(15) is a student who guesses.
 WORST_KL = 100.0
@@ -138,16 +137,16 @@ def study_of(
     config: SearchConfig,
     method: Method,
     directory: Path,
-    storage: str | None,
+    storage: Path | None,
     data_digest: str,
 ) -> Search:
-    """The study of a method; both lie in one journal or database.
+    """The study of a method; both lie in one journal.
 
     Args:
       config: of the search.
       method: the study's.
       directory: where the locks lie, and the journal without a `storage`.
-      storage: database URL, or another journal's path.
+      storage: another journal's path.
       data_digest: what tells the dataset from others.
     """
     settings: dict[str, Any] = shared_settings(config)
@@ -161,7 +160,6 @@ def study_of(
         sampler=config.sampler,
         space=settings,
         storage=storage,
-        heartbeat=heartbeat_for(storage),
     )
 
 
