@@ -29,7 +29,7 @@ define test_library
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv coinrun demo test test-oldest test-newest lint format docs figures bench models clean
+.PHONY: help venv coinrun demo test test-oldest test-newest fuzz lint format docs figures bench models clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 13
@@ -80,6 +80,11 @@ test-oldest:  ## Test the library with the oldest versions that it takes (Python
 test-newest:  ## Test it with the newest versions that PYTHON=... takes.
 	$(call new_venv,$(NEWEST_VENV),--editable .[test])
 	$(call test_library,$(NEWEST_VENV))
+
+PROGRAMS ?= 10000
+SEED ?= 0
+fuzz: $(READY)  ## Random programs, fused against stacked: PROGRAMS=10000 SEED=0 (hours).
+	$(RUN) -m tests.fuzz --programs $(PROGRAMS) --seed $(SEED)
 
 lint: $(READY)  ## Ruff (lint and format) and mypy.
 	$(RUN) -m ruff check .

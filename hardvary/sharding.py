@@ -55,6 +55,21 @@ def vary_like(
     return jax.tree.map(cast, tree) if wanted else tree
 
 
+def axes_without(leaf: Any, axis_name: AxisName | None) -> tuple[str, ...]:
+    """The shard_map axes among `axis_name` along which `leaf` is known not to vary.
+
+    None of them where types do not tell: under vmap, or without `check_vma`.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(
+        name
+        for name in names_of(axis_name)
+        if name in manual
+        and name not in _varying(leaf)
+        and name in _varying(jax.lax.axis_index(name))
+    )
+
+
 # Sums over the environments of all devices.
 
 

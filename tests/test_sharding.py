@@ -311,3 +311,55 @@ def test_parameters_that_differ_between_devices_are_refused_by_every_method(
 
     with pytest.raises(ValueError, match="collects parameters over the axis 'env'"):
         over_devices(run, mesh, (P("env"), P("env")), True)(rows, batch)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda grads: hardvary.and_mask(0.5, axis_name="env").update(
+            grads, hardvary.and_mask(0.5).init(grads)
+        )[0],
+        lambda grads: hardvary.mgda(axis_name="env").update(
+            grads, hardvary.mgda().init(grads)
+        )[0],
+        lambda grads: hardvary.agreement(grads, axis_name="env"),
+        lambda grads: hardvary.gramian(grads, axis_name="env"),
+    ],
+    ids=["and_mask", "mgda", "agreement", "gramian"],
+)
+def test_gradients_that_shard_map_has_summed_over_devices_are_refused(
+    ask, mesh, params, batch
+):
+    def by_hand(params, batch):
+        return ask(jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch))
+
+    def cast(params, batch):
+        return by_hand(jax.lax.pcast(params, "env", to="varying"), batch)
+
+    def run(local, **settings):
+        specs = (P(), P("env"))
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=P(), **settings
+        )(params, batch)
+
+    message = r"\['b'\] are the same on all devices of the axis 'env'.*pcast\(params"
+    with pytest.raises(ValueError, match=message):
+        run(by_hand)
+    # Without types nothing is summed, and nothing has to be said.
+    assert_trees_close(run(cast), run(by_hand, check_vma=False))
+
+
+def test_gradients_that_vary_over_one_of_two_axes_are_refused(params, batch):
+    mesh = jax.make_mesh(
+        (4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+
+    def local(params, batch):
+        own = jax.lax.pcast(params, "a", to="varying")
+        grads = jax.vmap(jax.grad(loss_fn), (None, 0))(own, batch)
+        return hardvary.agreement(grads, axis_name=("a", "b"))
+
+    with pytest.raises(ValueError, match=r"axis 'b'.*pcast\(params, \('b',\)"):
+        jax.shard_map(local, mesh=mesh, in_specs=(P(), P(("a", "b"))), out_specs=P())(
+            params, batch
+        )

@@ -202,7 +202,9 @@ def read(
     Raises:
       TypeError: gradients that are not real floating, forms that are mixed.
       ValueError: trees or shapes that do not match, stacked gradients without an
-        environment axis or that disagree on it, env_weights beside another form.
+        environment axis or that disagree on it, or that are the same on all devices
+        although `axis_name` says that environments are spread over them, env_weights
+        beside another form.
     """
     leaves, treedef = jax.tree.flatten(grads, is_leaf=is_leaf)
     kinds = {type(leaf) if is_leaf(leaf) else jax.Array for leaf in leaves}
@@ -213,6 +215,7 @@ def read(
         )
     if not kinds or kinds == {jax.Array}:
         num_envs = _validate.stacked_gradients(grads, params, name)
+        _check_spread(grads, name, axis_name)
         weights = None
         if env_weights is not None and num_envs is not None:
             values = _validate.env_weights(env_weights, num_envs, name)
@@ -234,6 +237,24 @@ def read(
         elif leaf.shape != shape:
             raise ValueError(_other_shape(name, path, leaf.shape, shape))
     return Gradients(name, treedef, leaves, None, axis_name)
+
+
+def _check_spread(grads: PyTree, name: str, axis_name: AxisName | None) -> None:
+    """Raises ValueError for stacked gradients that shard_map has summed over devices.
+
+    As it does with those of replicated parameters.
+    """
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        axes = sharding.axes_without(leaf, axis_name)
+        if axes:
+            raise ValueError(
+                f"{name}: the stacked gradients at {_validate.leaf_path(path)} are the "
+                f"same on all devices of the axis {', '.join(map(repr, axes))}, over "
+                "which axis_name says that environments are spread: shard_map sums "
+                "gradients of replicated parameters over devices; stack those of "
+                f"jax.lax.pcast(params, {axes}, to='varying'), or use per_env_grad, "
+                "which does"
+            )
 
 
 def _first(stats: GradStats) -> Any:

@@ -20,11 +20,16 @@ REMAT = ("checkpoint", "remat", "remat2")
 # Functions with derivatives of their own, which are Python code of the user's.
 CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 
+# Operations whose first input is indexed by the others.
+INDEXING = ("gather", "dynamic_slice")
+
 _NO_DEBUG_INFO = _compat.DebugInfo("hardvary", "", (), ())
 
 
 def bind(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
     """Applies an equation to other arguments."""
+    if eqn.primitive.name in INDEXING:
+        eqn, arguments = _with_wide_indices(eqn, arguments)
     if eqn.primitive.name in CUSTOM_RULES:
         eqn, arguments = _with_arrays(eqn, arguments)
     given = {
@@ -56,6 +61,24 @@ def _with_arrays(eqn: Any, arguments: Sequence[Any]) -> tuple[Any, list[Any]]:
         invars.append(var)
         results.append(as_array(argument) if hasattr(argument, "ndim") else argument)
     return eqn.replace(invars=invars), results
+
+
+def _with_wide_indices(eqn: Any, arguments: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """`eqn` and its arguments with the indices of one type, literal ones too."""
+    (operand, *indices), new_var = arguments, _compat.gensym()
+    invars = [eqn.invars[0], *(new_var(var.aval) for var in eqn.invars[1:])]
+    return eqn.replace(invars=invars), [operand, *map(wide_indices, indices)]
+
+
+def wide_indices(indices: Any) -> jax.Array:
+    """`indices` in a type of at least 32 bits.
+
+    A narrow one may be too small for the size of what they index, with which they are
+    compared: XLA's scatter, of the gradients, may then wrap that size around.
+    """
+    indices = jnp.asarray(indices)
+    narrow = jnp.iinfo(indices.dtype).bits < 32
+    return indices.astype(jnp.int32) if narrow else indices
 
 
 def as_array(constant: Any) -> Any:

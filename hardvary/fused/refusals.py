@@ -43,7 +43,8 @@ def naming_the_way_out(
 ) -> Iterator[None]:
     """Turns errors into a ValueError that says which method takes this loss.
 
-    If none does, the error is the loss's own, as plain JAX raises it.
+    If none does, the error is the loss's own, as plain JAX raises it. Of a loss whose
+    functions close over its values, the mend alone is said if no method takes it.
 
     Args:
       loss_fn: `loss_fn(params, env_batch) -> (loss, aux)`.
@@ -70,6 +71,8 @@ def naming_the_way_out(
         ways = {"grad_stats(loss_fn, method='vmap') and per_env_grad take": stacked}
         if axis_name is None:
             ways["grad_stats(loss_fn, method='scan') takes"] = one
+        refusal = f"method='fused' cannot take this loss apart: {_cause(error)}"
+        traced = False
         for way, function in ways.items():
             try:
                 jax.eval_shape(function, params, batch)
@@ -77,16 +80,37 @@ def naming_the_way_out(
                 raise
             except Exception as own:
                 natural = own
-            else:
-                raise ValueError(
-                    f"method='fused' cannot take this loss apart: {_cause(error)}. "
-                    f"{way} it"
-                ) from error
+                continue
+            traced = True
+            if not _leaks(error) or _lowers(function, params, batch):
+                raise ValueError(f"{refusal}. {way} it") from error
+        if traced:
+            raise ValueError(refusal) from error
         raise natural from None
 
 
+def _leaks(error: Exception) -> bool:
+    """Whether a function of the user's has used a value from outside of it."""
+    return isinstance(error, jax.errors.UnexpectedTracerError)
+
+
+def _lowers(function: Callable[..., Any], params: PyTree, batch: PyTree) -> bool:
+    """Whether `function` can be compiled: tracing alone may hand on what has leaked."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        aval = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+    try:
+        jax.jit(function).lower(*jax.tree.map(shape, (params, batch)))
+    except Exception:
+        # It may also be for what is bound only here; then nothing is promised.
+        return False
+    return True
+
+
 def _cause(error: Exception) -> str:
-    if isinstance(error, jax.errors.UnexpectedTracerError):
+    if _leaks(error):
         return (
             "a function with derivatives of its own (custom_jvp, custom_vjp) closes "
             "over a value of the loss, which it should take as an argument"

@@ -67,6 +67,17 @@ FORMS = {
     "patches_along_one_axis": ((12, 9), (4, 3), (4, 1), "SAME", {}),
     "one_place": ((5, 5), (1, 1), (2, 2), "VALID", {}),
     "whole_image": ((5, 4), (5, 4), (1, 1), "VALID", {}),
+    "whole_image_of_a_dilated_window": (
+        (9, 7),
+        (4, 3),
+        (1, 2),
+        "VALID",
+        {"rhs_dilation": (2, 3)},
+    ),
+    "whole_image_padded": ((3, 4), (6, 5), (2, 1), [(1, 2), (0, 1)], {}),
+    "whole_image_cropped": ((7, 6), (4, 3), (1, 1), [(-2, -1), (-3, 0)], {}),
+    "whole_image_in_groups": ((4, 4), (4, 4), (1, 1), "VALID", {"groups": 2}),
+    "one_place_in_a_row": ((6, 5), (3, 5), (1, 1), "VALID", {}),
     "small_window": ((6, 6), (3, 3), (1, 1), "SAME", {}),
     "small_window_strided": ((7, 7), (3, 3), (2, 2), "SAME", {}),
     "large_window": ((8, 8), (5, 4), (1, 1), "SAME", {}),
@@ -158,13 +169,13 @@ def counted(jaxpr):
     )
 
 
-def cost(space, window, strides, features=(3, 8)):
+def cost(space, window, strides, features=(3, 8), padding="SAME"):
     inside, out = features
     x = jax.ShapeDtypeStruct((2, *space, inside), jnp.float32)
     kernel = jax.ShapeDtypeStruct((*window, inside, out), jnp.float32)
 
     def run(kernel, x):
-        return convolve(x, kernel, strides, "SAME")
+        return convolve(x, kernel, strides, padding)
 
     (eqn,) = jax.make_jaxpr(run)(kernel, x).eqns
     cotangent = eqn.outvars[0].aval
@@ -183,23 +194,52 @@ def cost(space, window, strides, features=(3, 8)):
         ("patches", [(4, 4), (16, 16), (32, 32)]),
         ("large", [(4, 4), (7, 7), (16, 16)]),
         ("long", [(64,), (512,)]),
+        ("whole", [(4, 4), (16, 16), (64, 64)]),
     ],
 )
 def test_program_of_a_convolution_does_not_grow_with_its_window(name, windows):
+    spaces = {"long": [(1024,)] * len(windows), "whole": windows}
     costs = [
         cost(
-            (1024,) if name == "long" else (64, 64),
+            space,
             window,
             window if name == "patches" else (1,) * len(window),
+            padding="VALID" if name == "whole" else "SAME",
         )
-        for window in windows
+        for space, window in zip(
+            spaces.get(name, [(64, 64)] * len(windows)), windows, strict=True
+        )
     ]
     numbers = [number for number, _ in costs]
     assert max(numbers) <= min(numbers) + PIECES
     assert max(numbers) <= 100
     # Nor is there an array of many times the layer.
-    limit = 1.5 if name == "patches" else PIECES + 1
+    limit = 1.5 if name in ("patches", "whole") else PIECES + 1
     assert max(size for _, size in costs) <= limit
+
+
+@pytest.mark.parametrize("ask", ["gramian", "norms", "whitened"])
+def test_program_of_inner_products_does_not_grow_with_the_window(ask):
+    def run(kernel, x):
+        grads = hardvary.env_grads(
+            lambda kernel, x: jnp.sum(jnp.sin(convolve(x, kernel, (1,), "VALID")))
+        )(kernel, x)
+        if ask == "whitened":
+            tx = hardvary.whiten_inputs(hardvary.and_mask())
+            return tx.update(grads, tx.init(kernel), kernel)
+        return getattr(grads, ask)()
+
+    # Two places of the output are few enough for products row by row.
+    numbers = [
+        counted(
+            jax.make_jaxpr(run)(
+                jax.ShapeDtypeStruct((window, 2, 8), jnp.float32),
+                jax.ShapeDtypeStruct((3, 1, window + 1, 2), jnp.float32),
+            ).jaxpr
+        )[0]
+        for window in (20, 200)
+    ]
+    assert abs(numbers[1] - numbers[0]) <= 2 * PIECES
 
 
 # Through the oracle.

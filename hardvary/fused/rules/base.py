@@ -151,8 +151,9 @@ class Rule(Source):
 
             return jax.vmap(of_env, axis_size=self.num_envs)(saved)
 
-        _, back = jax.vjp(outputs, *self.leaves)
-        sums = back(cotangents)
+        with traced.guard():
+            _, back = jax.vjp(outputs, *self.leaves)
+            sums = back(cotangents)
         return [
             jnp.where(jnp.any(there), total, 0).astype(_validate.wide(total.dtype))
             for total in sums
@@ -181,6 +182,10 @@ class Rule(Source):
         given = dict(zip(operands, values, strict=True))
 
         def pull_all(saved: Any, cotangents: Any) -> list[jax.Array]:
+            with traced.guard():
+                return pull_uses(saved, cotangents)
+
+        def pull_uses(saved: Any, cotangents: Any) -> list[jax.Array]:
             totals: dict[Value, Any] = {}
             for use, use_saved, use_cotangents in zip(
                 uses, saved, cotangents, strict=True

@@ -7,8 +7,8 @@ matrices. On a GPU, those of several environments at once would be a convolution
 many groups, and slow too.
 
 Along an axis on which windows do not overlap, all pieces are one reshape: a patch
-embedding is nothing but a product. Pieces of a small window are lined up at once;
-those of a large one a few at a time, in a loop.
+embedding is nothing but a product, and so is a window of the whole image. Pieces of a
+small window are lined up at once; those of a large one a few at a time, in a loop.
 """
 
 import dataclasses
@@ -151,6 +151,13 @@ class Pieces:
         piece = piece.reshape(self._rows, -1, self._groups, self.inputs)
         return jnp.swapaxes(piece, 1, 2).reshape(self._rows, self._groups, -1)
 
+    def side_by_side(self) -> jax.Array:
+        """All pieces: [row, group, (piece, reshaped, in)]."""
+        if len(self.starts) <= PIECES:
+            return jnp.concatenate(list(map(self.at, self.starts)), axis=2)
+        pieces = jax.lax.map(self.at, in_a_loop(self.starts))
+        return jnp.moveaxis(pieces, 0, 2).reshape(self._rows, self._groups, -1)
+
     def window_order(self) -> np.ndarray:
         """`[input]`, where pieces side by side have the inputs of [*window, in]."""
         shifted = [len(axis.starts) for axis in self.axes]
@@ -191,9 +198,15 @@ class _Axis:
     step: int
 
     @property
+    def distance(self) -> int:
+        """`stride`, which may as well be larger where there is no next place."""
+        extent = (self.window - 1) * self.step + 1
+        return max(self.stride, extent) if self.out == 1 else self.stride
+
+    @property
     def reshaped(self) -> bool:
         """Whether windows do not overlap, so that a reshape tells them apart."""
-        return self.window > 1 and (self.window - 1) * self.step < self.stride
+        return self.window > 1 and (self.window - 1) * self.step < self.distance
 
     @property
     def starts(self) -> Sequence[int]:
@@ -203,7 +216,7 @@ class _Axis:
     @property
     def span(self) -> int:
         """Entries of the padded input from the begin to the end of a piece."""
-        return self.out * self.stride - (0 if self.reshaped else self.stride - 1)
+        return self.out * self.distance - (0 if self.reshaped else self.distance - 1)
 
     @property
     def padding(self) -> tuple[int, int, int]:
@@ -223,7 +236,7 @@ def _piece(data: jax.Array, axes: Sequence[_Axis], start: Any) -> jax.Array:
     """
     rank = len(axes)
     spans = [axis.span for axis in axes]
-    strides = [1 if axis.reshaped else axis.stride for axis in axes]
+    strides = [1 if axis.reshaped else axis.distance for axis in axes]
     if start and not isinstance(start[0], int):
         zero = np.uint32(0)
         sizes = (data.shape[0], *spans, data.shape[-1])
@@ -238,7 +251,7 @@ def _piece(data: jax.Array, axes: Sequence[_Axis], start: Any) -> jax.Array:
     )
     if not any(axis.reshaped for axis in axes):
         return data
-    split = [i for a in axes for i in (a.out, a.stride if a.reshaped else 1)]
+    split = [i for a in axes for i in (a.out, a.distance if a.reshaped else 1)]
     data = data.reshape(data.shape[0], *split, data.shape[-1])
     outside, inside = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
     for axis, i in zip(axes, inside, strict=True):

@@ -249,9 +249,7 @@ class Convolution(Factors):
 
     def moment(self, data: Any, cotangent: Any) -> jax.Array:
         def of_env(pair: Any) -> jax.Array:
-            pieces = self._pieces(*pair)
-            left = [pieces.at(start)[:, 0] for start in pieces.starts]
-            rows = jnp.concatenate(left, axis=1)
+            rows = self._pieces(*pair).side_by_side()[:, 0]
             return jnp.matmul(rows.T, rows, precision=_HIGHEST)
 
         pairs = (data[:, None], cotangent[:, None])
@@ -329,8 +327,8 @@ class Convolution(Factors):
 
     def _lined_up(self, data: Any, cotangent: Any) -> tuple[jax.Array, jax.Array]:
         pieces, num_envs = self._pieces(data, cotangent), len(data)
-        left = [self._by_env(pieces.at(start), num_envs) for start in pieces.starts]
-        return jnp.concatenate(left, axis=3), self._by_env(pieces.right, num_envs)
+        left = self._by_env(pieces.side_by_side(), num_envs)
+        return left, self._by_env(pieces.right, num_envs)
 
     def _by_pieces(
         self, way: Any, data: Any, cotangent: Any, elements: int

@@ -10,6 +10,7 @@ from hardvary import _validate, sharding
 from hardvary._env_grads.source import inner_products
 from hardvary._env_grads.statistics import EnvWeights, Statistic, Sums, present
 from hardvary._typing import AxisName
+from hardvary.fused.equations import wide_indices
 from hardvary.fused.rules.base import GramianForm, Rule
 from hardvary.fused.rules.inner_products import divisor, in_parts, sum_over
 from hardvary.fused.rules.layout import in_layout
@@ -51,10 +52,7 @@ class Lookup(Rule):
         (cotangent,) = cotangents
         num_rows = use.eqn.invars[0].aval.shape[0]
         dtype = _validate.wide(self.leaves[0].dtype)
-        # A narrow type may be too small for the table's size.
-        indices = saved[0].reshape(self.num_envs, -1)
-        if jnp.iinfo(indices.dtype).bits < 32:
-            indices = indices.astype(jnp.int32)
+        indices = wide_indices(saved[0].reshape(self.num_envs, -1))
         rows = cotangent.reshape(self.num_envs, indices.shape[1], -1).astype(dtype)
         if use.eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
             indices = jnp.clip(indices, 0, num_rows - 1)

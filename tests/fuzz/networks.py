@@ -1,34 +1,19 @@
-"""The fused oracle equals stacked gradients on networks that nobody thought of."""
+"""Networks that nobody thought of: layers of many kinds in random order."""
 
 import dataclasses
 import math
-from unittest import mock
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax import lax
 
-import hardvary
-from hardvary.fused import rules
-from tests._inputs import STATISTICS, weights_for
-from tests.fused._answers import ask, check_answers, signed_weights
-from tests.fused._precision import PRECISIONS, allowed, at
-from tests.zoo import (
-    Stacked,
-    assert_stats_match,
-    compile_quickly,
-    conv,
-    fields_by_path,
-    poison,
-)
+from tests.zoo import conv
 from tests.zoo.blocks import floats, normal
 
-METHOD = "fused"
-WIDTHS = st.sampled_from([1, 2, 3, 4])
+WIDTHS = [1, 2, 3, 4]
 
 
 @dataclasses.dataclass
@@ -36,15 +21,15 @@ class Builder:
     """A network under construction: layers that take all parameters and an array.
 
     Attributes:
-      draw: of Hypothesis.
-      rng: values of parameters; Hypothesis only chooses the structure.
+      pick: picks one of several options, of which the first is the simplest.
+      rng: values of parameters; what is picked is the structure alone.
       shape: of the activations of one environment at this point.
       params: name -> array.
       layers: `layer(params, x) -> x`.
       names: what was built, for the report of a failure.
     """
 
-    draw: object
+    pick: Callable[[Sequence[Any]], Any]
     rng: np.random.Generator
     shape: tuple[int, ...]
     params: dict = dataclasses.field(default_factory=dict)
@@ -58,6 +43,7 @@ class Builder:
         return name
 
     def add(self, name, layer):
+        """Adds `layer(params, x) -> x`."""
         shapes = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.params.items()
         }
@@ -107,17 +93,31 @@ def plain(layer):
     return layer
 
 
-wrappers = st.sampled_from(
-    [plain, plain, plain, in_jit, in_remat, in_vmap, in_scan, in_cond]
-)
+WRAPPERS = [plain, plain, plain, in_jit, in_remat, in_vmap, in_scan, in_cond]
 
 
 def wrapped(build, name, layer):
-    wrap = build.draw(wrappers)
+    wrap = build.pick(WRAPPERS)
     build.add(f"{name} {wrap.__name__}", wrap(layer))
 
 
 # What a weight may go through on its way into a layer.
+
+
+@jax.custom_vjp
+def quantised(w):
+    return jnp.round(8 * w) / 8
+
+
+quantised.defvjp(lambda w: (quantised(w), None), lambda _, g: (g,))
+
+
+def frozen_in_part(w):
+    return lax.stop_gradient(jnp.cos(w)) + w
+
+
+def by_two_ways(w):
+    return w + jnp.tanh(w)
 
 
 def as_it_is(w):
@@ -147,30 +147,31 @@ def half_precision_and_back(w):
     return w + lax.stop_gradient(w.astype(jnp.bfloat16).astype(jnp.float32) - w)
 
 
-preparations = st.sampled_from(
-    [
-        as_it_is,
-        as_it_is,
-        as_it_is,
-        doubly_transposed,
-        negated,
-        softplus,
-        standardised,
-        half_precision_and_back,
-    ]
-)
+PREPARATIONS = [
+    as_it_is,
+    as_it_is,
+    as_it_is,
+    doubly_transposed,
+    negated,
+    softplus,
+    standardised,
+    half_precision_and_back,
+    quantised,
+    frozen_in_part,
+    by_two_ways,
+]
 
 # The menu. An entry adds one layer, or none where its shapes do not fit.
 
 
 def dense(build):
-    out, prepare = build.draw(WIDTHS), build.draw(preparations)
+    out, prepare = build.pick(WIDTHS), build.pick(PREPARATIONS)
     w = build.param(build.features, out, fan_in=build.features)
     wrapped(build, f"dense {prepare.__name__}", lambda p, x: x @ prepare(p[w]))
 
 
 def dense_transposed(build):
-    w = build.param(build.draw(WIDTHS), build.features, fan_in=build.features)
+    w = build.param(build.pick(WIDTHS), build.features, fan_in=build.features)
     wrapped(build, "dense_transposed", lambda p, x: x @ p[w].T)
 
 
@@ -188,7 +189,7 @@ def dense_einsum(build):
 
 
 def dense_sliced(build):
-    out = build.draw(WIDTHS)
+    out = build.pick(WIDTHS)
     w = build.param(build.features + 1, out + 2, fan_in=build.features)
     wrapped(build, "dense_sliced", lambda p, x: x @ p[w][1:, 1 : 1 + out])
 
@@ -202,7 +203,7 @@ def dense_tied(build):
     ]
     if not fitting:
         return
-    w, turn = build.draw(st.sampled_from(fitting))
+    w, turn = build.pick(fitting)
     wrapped(build, "dense_tied", lambda p, x: jnp.sin(x @ (p[w].T if turn else p[w])))
 
 
@@ -229,7 +230,7 @@ def layer_repeated(build):
 
 
 def low_rank(build):
-    out = build.draw(WIDTHS)
+    out = build.pick(WIDTHS)
     a, b = (
         build.param(build.features, 2),
         build.param(2, out, fan_in=2 * build.features),
@@ -294,24 +295,21 @@ def convolution(build):
     if len(build.shape) not in (3, 4):
         return
     rank = len(build.shape) - 2
-    draw = build.draw
-    groups = draw(st.sampled_from([1, 1, build.features]))
-    size = tuple(draw(st.integers(1, 3)) for _ in range(rank))
-    dilation = tuple(draw(st.integers(1, 2)) for _ in range(rank))
-    padding = [
-        (draw(st.integers(0, 1)) + s * d, s)
-        for s, d in zip(size, dilation, strict=True)
-    ]
+    pick = build.pick
+    groups = pick([1, 1, build.features])
+    size = tuple(pick(range(1, 4)) for _ in range(rank))
+    dilation = tuple(pick(range(1, 3)) for _ in range(rank))
+    padding = [(pick(range(2)) + s * d, s) for s, d in zip(size, dilation, strict=True)]
     settings = {
-        "strides": tuple(draw(st.integers(1, 2)) for _ in range(rank)),
-        "padding": draw(st.sampled_from(["SAME", padding])),
+        "strides": tuple(pick(range(1, 3)) for _ in range(rank)),
+        "padding": pick(["SAME", padding]),
         "rhs_dilation": dilation,
         "feature_group_count": groups,
     }
     if settings["padding"] != "SAME":
-        settings["lhs_dilation"] = tuple(draw(st.integers(1, 2)) for _ in range(rank))
+        settings["lhs_dilation"] = tuple(pick(range(1, 3)) for _ in range(rank))
     fan_in = math.prod(size) * build.features // groups
-    out = groups * draw(st.integers(1, 2))
+    out = groups * pick(range(1, 3))
     k = build.param(*size, build.features // groups, out, fan_in=fan_in)
     wrapped(build, f"convolution {settings}", lambda p, x: conv(x, p[k], **settings))
 
@@ -323,7 +321,8 @@ def transposed(build):
 
 
 def flattened(build):
-    build.add("flattened", lambda p, x: x.reshape(x.shape[0], -1))
+    size = math.prod(build.shape[1:])
+    build.add("flattened", lambda p, x: x.reshape(x.shape[0], size))
 
 
 def relu(build):
@@ -338,6 +337,129 @@ def sine(build):
 def kept_beside(build):
     # The activations so far take part twice, by way of a concatenation.
     build.add("kept_beside", lambda p, x: jnp.concatenate([x, jnp.sin(x)], axis=-1))
+
+
+@jax.custom_vjp
+def product(x, w):
+    return jnp.sin(x @ w)
+
+
+def product_backward(residuals, g):
+    x, w = residuals
+    g = g * jnp.cos(x @ w)
+    rows, outputs = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return g @ w.T, rows.T @ outputs
+
+
+product.defvjp(lambda x, w: (product(x, w), (x, w)), product_backward)
+
+
+def dense_with_a_rule_of_its_own(build):
+    w = build.param(build.features, build.pick(WIDTHS), fan_in=build.features)
+    wrapped(build, "dense_with_a_rule_of_its_own", lambda p, x: product(x, p[w]))
+
+
+def recurrent(build):
+    # Over the first axis: a state that every row changes, by two weights.
+    w = build.param(build.features, build.features, fan_in=build.features)
+    u = build.param(build.features, build.features, fan_in=build.features)
+    reverse, remat = build.pick([False, True]), build.pick([False, True])
+
+    def layer(p, x):
+        def step(h, row):
+            h = jnp.sin(h @ p[w] + row @ p[u])
+            return h, h * row
+
+        step = jax.checkpoint(step) if remat else step
+        state = jnp.zeros(x.shape[1:], x.dtype)
+        return lax.scan(step, state, x, reverse=reverse)[1]
+
+    build.add(f"recurrent, reverse {reverse}, remat {remat}", layer)
+
+
+def adapters_scanned(build):
+    # A frozen base with a trained part beside it, for every layer.
+    base = build.param(2, build.features, build.features, fan_in=build.features)
+    down = build.param(2, build.features, 1, fan_in=build.features)
+    up = build.param(2, 1, build.features)
+
+    def layer(p, x):
+        def step(x, weights):
+            frozen, down, up = weights
+            return jnp.sin(x @ lax.stop_gradient(frozen) + x @ down @ up), None
+
+        return lax.scan(step, x, (p[base], p[down], p[up]))[0]
+
+    build.add("adapters_scanned", layer)
+
+
+def bilinear(build):
+    w = build.param(build.features, build.features, build.pick(WIDTHS))
+    scale = max(build.features, 1)
+    spec = "...i,ijk,...j->...k"
+    wrapped(build, "bilinear", lambda p, x: jnp.einsum(spec, x, p[w], x) / scale)
+
+
+def filtered(build):
+    # A weight of the frequencies: a transform has no rule, and none in half precision.
+    size = build.features
+    if size:
+        w = build.param(size // 2 + 1)
+
+        def layer(p, x):
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            weighted = jnp.fft.rfft(x.astype(wide)) * p[w].astype(wide)
+            return jnp.fft.irfft(weighted, n=size).astype(x.dtype)
+
+        build.add("filtered", layer)
+
+
+def sorted_bias(build):
+    b = build.param(build.features)
+    build.add("sorted_bias", lambda p, x: x + jnp.broadcast_to(jnp.sort(p[b]), x.shape))
+
+
+def gated(build):
+    w, v = (build.param(build.features, build.features) for _ in range(2))
+    wrapped(
+        build, "gated", lambda p, x: jnp.where(x > 0.1, jnp.sin(x @ p[w]), x @ p[v])
+    )
+
+
+def without_inputs(build):
+    # A weight without entries, and what it gives beside the activations.
+    w = build.param(0, build.pick(WIDTHS))
+    build.add(
+        "without_inputs",
+        lambda p, x: jnp.concatenate([x, x[..., :0] @ p[w]], axis=-1),
+    )
+
+
+def pooled(build):
+    # The largest of every two rows.
+    if build.shape[0] % 2 == 0 and build.shape[0]:
+        build.add(
+            "pooled", lambda p, x: jnp.max(x.reshape(-1, 2, *x.shape[1:]), axis=1)
+        )
+
+
+def patches(build):
+    # Windows side by side, and as large as one wants.
+    if len(build.shape) in (3, 4, 5):
+        size = tuple(build.pick(range(1, 6)) for _ in build.shape[1:-1])
+        out = build.pick(WIDTHS)
+        fan_in = math.prod(size) * build.features
+        k = build.param(*size, build.features, out, fan_in=fan_in)
+        padding = build.pick(["SAME", "VALID"])
+        wrapped(
+            build,
+            f"patches of {size}, {padding}",
+            lambda p, x: conv(x, p[k], size, padding),
+        )
+
+
+def softmax(build):
+    build.add("softmax", lambda p, x: jax.nn.softmax(x, axis=-1) + 0.1 * x)
 
 
 MENU = [
@@ -365,109 +487,103 @@ MENU = [
     relu,
     sine,
     kept_beside,
+    dense_with_a_rule_of_its_own,
+    recurrent,
+    adapters_scanned,
+    bilinear,
+    filtered,
+    sorted_bias,
+    gated,
+    without_inputs,
+    pooled,
+    patches,
+    softmax,
 ]
 
 
-@st.composite
-def networks(draw):
-    """`(params, loss_fn, batch, names of the layers)`."""
-    num_envs, rows = draw(st.integers(1, 5)), draw(st.integers(1, 4))
-    inner = draw(st.sampled_from([(), (), (3,), (4, 3)]))
-    shape = (rows, *inner, draw(WIDTHS))
-    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    build = Builder(draw, rng, shape)
-    for step in draw(st.lists(st.sampled_from(MENU), min_size=1, max_size=5)):
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A random network.
+
+    Attributes:
+      params: name -> array.
+      loss_fn: of them and one environment.
+      batch: leaves `[env, ...]`.
+      names: what it consists of, for the report of a failure.
+    """
+
+    params: dict
+    loss_fn: Callable
+    batch: dict
+    names: list
+
+    @property
+    def num_envs(self):
+        return len(self.batch["x"])
+
+
+def looked_up(build, num_envs, shape):
+    """Rows of a table in front of everything, by ids of the batch; the ids."""
+    dtype = build.pick(["int32", "uint8", "int16", "int8"])
+    rows = build.pick([3, 7, 300])
+    mode = build.pick([None, "clip", "fill"])
+    table = build.param(rows, shape[-1])
+    high = min(rows, np.iinfo(dtype).max + 1)
+    drawn = build.rng.integers(0, high, size=(num_envs, *shape[:-1]))
+    build.names.append(f"looked up by {dtype} in {rows} rows, mode {mode}")
+
+    def look_up(p, ids):
+        return jnp.take(p[table], ids, axis=0, mode=mode)
+
+    return look_up, jax.device_put(drawn.astype(dtype))
+
+
+def network(head, layers):
+    """A network.
+
+    Args:
+      head: picks one of several options: what the network is as a whole.
+      layers: for each layer what picks which one and how.
+    """
+    num_envs, rows = head(range(1, 6)), head([1, 2, 3, 4, 4, 3, 2, 0])
+    inner = head([(), (), (3,), (4, 3), (7,), (2, 3, 2)])
+    shape = (rows, *inner, head([*WIDTHS, *WIDTHS, 5, 0]))
+    rng = np.random.default_rng(head(range(2**16)))
+    build = Builder(head, rng, shape)
+    batch = {"x": normal(rng, num_envs, *shape)}
+    look_up = None
+    if head([False, False, False, True]):
+        look_up, batch["ids"] = looked_up(build, num_envs, shape)
+    for pick in layers:
         # What grows without end is none of this test's matter.
+        build.pick, step = pick, pick(MENU)
         if math.prod(build.shape) <= 300:
             step(build)
+    build.pick = head
     if not build.params:
         dense(build)
-    decayed = draw(st.sampled_from([None, *build.params]))
+    decayed = head([None, *build.params])
     target = normal(rng, *build.shape)
-    single_row = draw(st.booleans())
+    single_row, metric = head([False, True]), head([False, False, False, True])
 
-    def loss_fn(params, x):
+    def loss_fn(params, env):
+        x = env["x"]
+        if look_up is not None:
+            x = x + look_up(params, env["ids"]).astype(x.dtype)
         y = build.forward(params, x)
         # All components of the last activation, or one row: a single outer product.
-        loss = jnp.sum(jnp.sin(y[:1] * target[:1])) if single_row else 0
-        loss = loss + (0 if single_row else jnp.mean(jnp.square(y - target)))
+        if single_row:
+            loss = jnp.sum(jnp.sin(y[:1] * target[:1]))
+        else:
+            loss = jnp.sum(jnp.square(y - target)) / max(y.size, 1)
         if decayed is not None:
             loss = loss + 0.1 * jnp.sum(jnp.square(params[decayed]))
+        if metric:
+            # Nothing, with a slope that is infinite.
+            first = next(iter(params.values()))
+            loss = loss + lax.stop_gradient(jnp.sqrt(jnp.sum(0 * first)))
         return loss
 
-    batch = normal(rng, num_envs, *shape)
     names = [f"{num_envs} environments of {shape}", *build.names]
-    return build.params, loss_fn, batch, [*names, f"decayed {decayed}"]
-
-
-@st.composite
-def weighted_networks(draw):
-    network = draw(networks())
-    num_envs = len(network[2])
-    weights = draw(st.one_of(st.none(), weights_for(num_envs)))
-    divisors = [size for size in range(1, num_envs + 1) if num_envs % size == 0]
-    return network, weights, draw(st.sampled_from([None, None, None, *divisors]))
-
-
-# Below this size gradients are stacked: 0 has the scan take them.
-@given(weighted_networks(), st.sampled_from([0, rules.SMALL]))
-def test_gradients_of_a_random_network_equal_stacked_gradients(drawn, small):
-    (params, loss_fn, batch, names), weights, microbatch_size = drawn
-    expected = Stacked(loss_fn, params, batch)
-    if weights is not None and 0 in weights:
-        batch = poison(batch, int(np.argmin(weights)))
-    signed = signed_weights(len(batch))
-
-    @compile_quickly
-    def run(params, batch, signed, weights):
-        if microbatch_size is None:
-            oracle = hardvary.value_and_env_grads(loss_fn)
-            losses, grads = oracle(params, batch, env_weights=weights)
-            return losses, ask(grads, signed)
-        oracle = hardvary.value_and_grad_stats(
-            loss_fn, method=METHOD, stats=STATISTICS, microbatch_size=microbatch_size
-        )
-        return oracle(params, batch, env_weights=weights)
-
-    with mock.patch.object(rules, "SMALL", small):
-        losses, found = run(params, batch, signed, weights)
-    try:
-        present = slice(None) if weights is None else weights > 0
-        np.testing.assert_allclose(
-            np.asarray(losses)[present],
-            expected.losses[present],
-            rtol=2e-5,
-            atol=2e-5 * np.abs(expected.losses).max(),
-        )
-        if microbatch_size is None:
-            check_answers(found, params, expected, signed, weights)
-        else:
-            fields = fields_by_path(found, params)
-            assert_stats_match(fields, params, expected, weights)
-    except AssertionError as error:
-        error.add_note("\n".join(names))
-        raise
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@settings(max_examples=8)
-@given(drawn=networks())
-def test_gradients_of_a_random_network_in_another_precision(precision, drawn):
-    *model, names = drawn
-    with allowed(precision), mock.patch.object(rules, "SMALL", 0):
-        params, loss_fn, batch = at(precision, *model)
-        expected = Stacked(loss_fn, params, batch)
-        signed = signed_weights(len(batch))
-
-        @compile_quickly
-        def run(params, batch, signed):
-            return ask(hardvary.env_grads(loss_fn)(params, batch), signed)
-
-        try:
-            found = run(params, batch, signed)
-            check_answers(
-                found, params, expected, signed, rounding=PRECISIONS[precision]
-            )
-        except AssertionError as error:
-            error.add_note("\n".join(names))
-            raise
+    names.append(f"decayed {decayed}, a single row {single_row}, a metric {metric}")
+    return Network(build.params, loss_fn, batch, names)

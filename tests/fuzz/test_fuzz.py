@@ -1,0 +1,62 @@
+"""A hundred of the programs of `make fuzz`, and how it makes a program smaller."""
+
+import json
+
+import pytest
+
+from tests.fuzz import __main__ as command
+from tests.fuzz import choices
+from tests.fuzz.programs import Outcome, Program, program, run
+
+FINE = (Outcome.RIGHT, Outcome.REFUSED)
+
+
+@pytest.mark.parametrize("seed", range(0, 100, 5))
+def test_gradients_of_random_programs_equal_stacked_gradients(seed):
+    for of_program in range(seed, seed + 5):
+        given = program(choices.drawn(of_program))
+        outcome, said = run(given)
+        assert outcome in FINE, f"seed {of_program}\n{given}\n{said}"
+
+
+def test_noted_choices_give_the_same_program():
+    parts = choices.drawn(7)
+    first = program(parts)
+    again = program(choices.noted(first.notes))
+    assert str(again) == str(first)
+    assert again.notes == first.notes
+    assert str(program(choices.drawn(8))) != str(first)
+
+
+def test_minimised_program_keeps_what_makes_it_fail():
+    tried = []
+
+    def fails(notes):
+        tried.append(notes)
+        return any(5 in of_part for of_part in notes[1:])
+
+    notes = [[3, 1], [2, 2], [4, 5, 9], [7]]
+    assert choices.minimised(notes, fails) == [[0, 0], [0, 5, 0]]
+    assert len(tried) < 80
+    assert choices.minimised(notes, fails, attempts=0) == notes
+
+
+def test_command_keeps_the_smallest_program_that_fails(tmp_path, monkeypatch, capsys):
+    def fails_with_a_layer(given: Program):
+        layers = len(given.network.names) - 2
+        return (Outcome.CRASH, "no way") if layers else (Outcome.RIGHT, "")
+
+    for module in ("tests.fuzz.__main__", "tests.fuzz.programs"):
+        monkeypatch.setattr(f"{module}.run", fails_with_a_layer)
+    arguments = ["--programs", "1", "--seed", "3", "--out", str(tmp_path)]
+    assert command.main(arguments)
+    (kept,) = tmp_path.iterdir()
+    found = json.loads(kept.read_text())
+    assert found["seed"] == 3
+    assert found["said"] == ["no way"]
+    # Without parameters a network is given a layer.
+    assert len(found["program"]) == 4
+    printed = capsys.readouterr().out
+    assert f"seed 3: crash, kept in {kept}" in printed
+    assert "1 crash" in printed
+    assert command.main(["--replay", str(kept)])
