@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ import optax
 from experiments.common.networks import Apply, Variables
 
 Metrics = dict[str, jax.Array]
+# What training carries from step to step.
+Carried = TypeVar("Carried")
 
 # Images that are evaluated at a time.
 EVALUATED_AT_ONCE = 500
@@ -38,10 +40,10 @@ class Trainer(NamedTuple):
 
 def make_epoch(
     order_of: Callable[[Any, jax.Array, jax.Array], Any],
-    step: Callable[[State, Any, Any, Any], tuple[State, Any]],
-    end: Callable[[State, Any, Any, Any], Metrics],
+    step: Callable[[Carried, Any, Any, Any], tuple[Carried, Any]],
+    end: Callable[[Carried, Any, Any, Any], Metrics],
     in_one_piece: bool | None = None,
-) -> Callable[..., tuple[State, Metrics]]:
+) -> Callable[..., tuple[Carried, Metrics]]:
     """The function `epoch` of a `Trainer`.
 
     Args:
@@ -57,8 +59,8 @@ def make_epoch(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def whole_epoch(
-        state: State, dataset: Any, key: jax.Array, index: jax.Array, rates: Any
-    ) -> tuple[State, Metrics]:
+        state: Carried, dataset: Any, key: jax.Array, index: jax.Array, rates: Any
+    ) -> tuple[Carried, Metrics]:
         state, reports = jax.lax.scan(
             lambda state, batch: step(state, dataset, batch, rates),
             state,
@@ -70,8 +72,8 @@ def make_epoch(
     step_alone = jax.jit(step, donate_argnums=0)
 
     def stepwise_epoch(
-        state: State, dataset: Any, key: jax.Array, index: jax.Array, rates: Any
-    ) -> tuple[State, Metrics]:
+        state: Carried, dataset: Any, key: jax.Array, index: jax.Array, rates: Any
+    ) -> tuple[Carried, Metrics]:
         leaves, structure = jax.tree.flatten(order_alone(dataset, key, index))
         reports = []
         for batch in zip(*leaves, strict=True):

@@ -36,6 +36,35 @@ def variables_of(model: nnx.Module) -> Variables:
     return Variables(nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat))
 
 
+def part_of(params: Params, prefix: str) -> tuple[list[Any], Callable[[Any], Params]]:
+    """A part of the parameters, and a function that puts other values there.
+
+    Args:
+      params: any tree.
+      prefix: what the paths of the part's leaves begin with, keys joined by slashes.
+    """
+    paths, treedef = jax.tree.flatten_with_path(params)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths
+    ]
+    inside = [name.startswith(prefix) for name in names]
+    if not any(inside):
+        raise ValueError(f"no parameter is below {prefix!r}, there are {names}")
+    leaves = [leaf for _, leaf in paths]
+
+    def rebuild(part: list[Any]) -> Params:
+        own = iter(part)
+        return jax.tree.unflatten(
+            treedef,
+            [
+                next(own) if here else leaf
+                for here, leaf in zip(inside, leaves, strict=True)
+            ],
+        )
+
+    return [leaf for here, leaf in zip(inside, leaves, strict=True) if here], rebuild
+
+
 def graph_of(make: Callable[[nnx.Rngs], nnx.Module]) -> Graph:
     """The graph of what `make` gives, whose weights are not drawn."""
     return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))

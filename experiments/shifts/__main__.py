@@ -14,10 +14,22 @@ from experiments.common.cli import (
     main,
 )
 from experiments.shifts.config import (
+    IMAGES_CHOOSE_PRESETS,
+    IMAGES_LOOK_PRESETS,
+    IMAGES_PRESETS,
     LINEAR_CHOOSE_PRESETS,
     LINEAR_PRESETS,
     SPIRALS_CHOOSE_PRESETS,
     SPIRALS_PRESETS,
+    ImagesChooseOptions,
+    ImagesLookOptions,
+    ImagesOptions,
+)
+from experiments.shifts.levels_config import (
+    LEVELS_CHOOSE_PRESETS,
+    LEVELS_PRESETS,
+    LevelsChooseOptions,
+    LevelsOptions,
 )
 
 HERE = "experiments.shifts.commands"
@@ -46,6 +58,36 @@ COMMANDS: dict[str, Command[Any, Any] | Group] = {
         "Methods on the spirals as they are and rotated, with the settings chosen.",
         SPIRALS_PRESETS,
         FigureOptions,
+    ),
+    "images-choose": later(
+        f"{HERE}:images_choose",
+        "Choose a setting for each method on each shift of real images.",
+        IMAGES_CHOOSE_PRESETS,
+        ImagesChooseOptions,
+    ),
+    "images": later(
+        f"{HERE}:images",
+        "All methods on shifts of real images, with the settings chosen.",
+        IMAGES_PRESETS,
+        ImagesOptions,
+    ),
+    "images-look": later(
+        "experiments.shifts.look:images_look",
+        "Where gradients of averaging agree and differ, layer by layer.",
+        IMAGES_LOOK_PRESETS,
+        ImagesLookOptions,
+    ),
+    "levels-choose": later(
+        f"{HERE}:levels_choose",
+        "Choose a setting for each method on CoinRun's levels.",
+        LEVELS_CHOOSE_PRESETS,
+        LevelsChooseOptions,
+    ),
+    "levels": later(
+        f"{HERE}:levels",
+        "Methods on CoinRun's levels, several in a step, with the settings chosen.",
+        LEVELS_PRESETS,
+        LevelsOptions,
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,9 +25,16 @@ from experiments.common.files import write_json
 from experiments.common.parts import train_parts
 from experiments.common.run_dir import RunDir, RunDirError
 from experiments.common.tables import format_rows
+from experiments.shifts import images as images_training
+from experiments.shifts import levels as levels_training
 from experiments.shifts import linear as linear_training
 from experiments.shifts import spirals as spirals_training
 from experiments.shifts.config import (
+    ImagesChooseConfig,
+    ImagesChooseOptions,
+    ImagesConfig,
+    ImagesOptions,
+    ImagesRun,
     LinearChooseConfig,
     LinearConfig,
     LinearRun,
@@ -35,26 +43,49 @@ from experiments.shifts.config import (
     SpiralsChooseConfig,
     SpiralsConfig,
     SpiralsRun,
+    setting_name,
 )
-from experiments.shifts.figures import draw_linear, draw_spirals
+from experiments.shifts.figures import (
+    draw_images,
+    draw_levels,
+    draw_linear,
+    draw_spirals,
+)
+from experiments.shifts.levels_config import (
+    LevelsChooseConfig,
+    LevelsChooseOptions,
+    LevelsConfig,
+    LevelsOptions,
+    LevelsRun,
+)
 from experiments.shifts.methods import METHODS
 
 EXPERIMENT = "shifts"
 RESULTS = "results.csv"
 TRIALS = "trials.csv"
 CHOSEN = "chosen.json"
-DRAWINGS: Drawings = {"linear": draw_linear, "spirals": draw_spirals}
+DRAWINGS: Drawings = {
+    "linear": draw_linear,
+    "spirals": draw_spirals,
+    "images": draw_images,
+    "levels": draw_levels,
+}
 # What settings are chosen by; among the splits, as it is one number of each run.
 SHARE = "held_out_share"
+TESTED = ("test_mean", "test_worst")
+# Likewise with the setting that was chosen on the test, for comparison.
+ORACLE = "oracle_test_mean"
 
 Row = dict[str, Any]
-RunConfig = LinearRun | SpiralsRun
+RunConfig = LinearRun | SpiralsRun | ImagesRun | LevelsRun
 # Trains a run's settings on a seed; for each the errors [env] by split, and the share
-# that selection goes by.
-Train = Callable[[Any, int], Iterable[tuple[Mapping[str, Any], Any]]]
+# that selection goes by. `images` and `levels` take the folder of the data too.
+Train = Callable[..., Iterable[tuple[Mapping[str, Any], Any]]]
 TRAIN: dict[str, Train] = {
     "linear": linear_training.train,
     "spirals": spirals_training.train,
+    "images": images_training.train,
+    "levels": levels_training.train,
 }
 
 
@@ -78,17 +109,49 @@ def spirals(call: Invocation[SpiralsConfig, FigureOptions]) -> None:
     _compare(call, "spirals")
 
 
+def images_choose(call: Invocation[ImagesChooseConfig, ImagesChooseOptions]) -> None:
+    """Chooses a setting for each method on each shift of real images."""
+    _choose(call, "images", call.options.data_dir)
+
+
+def images(call: Invocation[ImagesConfig, ImagesOptions]) -> None:
+    """All methods on shifts of real images; a table and a figure."""
+    _compare(call, "images", call.options.data_dir)
+
+
+def levels_choose(call: Invocation[LevelsChooseConfig, LevelsChooseOptions]) -> None:
+    """Chooses a setting for each method on CoinRun's levels."""
+    folder = call.options.data_dir(call.config.dataset)
+    _choose(levels_training.with_digest(call), "levels", folder)
+
+
+def levels(call: Invocation[LevelsConfig, LevelsOptions]) -> None:
+    """Methods on CoinRun's levels; a table and a figure."""
+    if call.options.results is None:
+        call = levels_training.with_digest(call)
+    _compare(call, "levels", call.options.data_dir(call.config.dataset))
+
+
 def _run_name(shift: str) -> str:
     return f"{EXPERIMENT} {shift} run"
 
 
-def _choose(call: Invocation[Any, WorkerOptions], shift: str) -> None:
+def _choose(
+    call: Invocation[Any, Any], shift: str, data_dir: Path | None = None
+) -> None:
     config, options = call.config, call.options
     name = f"{shift}-choose"
     path = call.run_path(EXPERIMENT, f"{name}-{options.preset}")
-    settings: Settings = {
-        method: tuple(itertools.product(config.learning_rates, METHODS[method].numbers))
+    numbers = {
+        method: evenly(_numbers(config, method), getattr(config, "most_numbers", None))
         for method in config.methods
+    }
+    settings: Settings = {
+        setting_name(config, method, problem): tuple(
+            itertools.product(config.learning_rates, numbers[method])
+        )
+        for method in config.methods
+        for problem in config.problems
     }
     with entered(
         call,
@@ -98,15 +161,15 @@ def _choose(call: Invocation[Any, WorkerOptions], shift: str) -> None:
         parts=_run_name(shift),
     ) as run:
         if not run.finished:
-            rows = _run_all(run, config, settings, call, shift)
-            trials = summarize_trials([r for r in rows if r["split"] == SHARE])
+            rows = _run_all(run, config, settings, call, shift, data_dir)
+            trials = summarize_trials(rows, config.by_problem)
             run.write_metrics(trials, TRIALS)
             chosen = choose(trials)
             write_json(run.path / CHOSEN, chosen)
             run.finish(chosen)
         chosen_rows = [{"method": m, **row} for m, row in run.summary().items()]
         columns = {
-            "method": ("method", "<31"),
+            "method": ("method", "<46" if config.by_problem else "<31"),
             "rate": ("learning_rate", ">7g"),
             "number": ("number", ">8g"),
             "share": (SHARE, ">8.4f"),
@@ -116,44 +179,86 @@ def _choose(call: Invocation[Any, WorkerOptions], shift: str) -> None:
         print(f"Chosen settings: {run.path / CHOSEN}")
 
 
-def summarize_trials(rows: Sequence[Row]) -> list[Row]:
-    """The mean share of each setting over problems, environments and seeds."""
-    shares: dict[tuple[Any, ...], list[float]] = {}
+def _numbers(config: Any, method: MethodName) -> tuple[float, ...]:
+    """Values of a method's own number: the config's thresholds if it has any."""
+    own = METHODS[method]
+    if own.name_of_number == "threshold":
+        return getattr(config, "thresholds", own.numbers)
+    return own.numbers
+
+
+def evenly(values: Sequence[float], most: int | None) -> tuple[float, ...]:
+    """As many of `values`, evenly from the first to the last; None for all."""
+    if most is None or most >= len(values):
+        return tuple(values)
+    places = np.linspace(0, len(values) - 1, most).round().astype(int)
+    return tuple(values[place] for place in places)
+
+
+def summarize_trials(rows: Sequence[Row], by_problem: bool = False) -> list[Row]:
+    """The mean share of each setting over environments and seeds, and problems.
+
+    Args:
+      rows: errors by setting, seed and split.
+      by_problem: each problem by itself, and with the mean error on its test, which
+        nothing but the oracle's choice looks at.
+    """
+    errors: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for row in rows:
+        if row["split"] not in (SHARE, "test_mean"):
+            continue
         key = row["method"], row["learning_rate"], row["number"]
+        key += (row["problem"],) if by_problem else ()
         # What has diverged is as bad as can be.
-        share = row["error"] if np.isfinite(row["error"]) else 1.0
-        shares.setdefault(key, []).append(share)
-    return [
-        {
-            "method": method,
-            "learning_rate": rate,
-            "number": number,
-            SHARE: float(np.mean(values)),
-        }
-        for (method, rate, number), values in shares.items()
-    ]
+        error = row["error"] if np.isfinite(row["error"]) else 1.0
+        own = errors.setdefault(key, {SHARE: [], "test_mean": []})
+        own[row["split"]].append(error)
+    trials = []
+    for (method, rate, number, *problem), own in errors.items():
+        trial = {"method": method, "learning_rate": rate, "number": number}
+        trial |= {SHARE: float(np.mean(own[SHARE]))}
+        if by_problem:
+            trial |= {
+                "problem": problem[0],
+                "test_mean": float(np.mean(own["test_mean"])),
+            }
+        trials.append(trial)
+    return trials
 
 
 def choose(trials: Sequence[Row]) -> dict[str, Row]:
-    """Each method's setting with the lowest share; the first of equal ones."""
-    best: dict[str, Row] = {}
+    """Each method's setting with the lowest share, the first of equal ones; of trials
+    by problem one for each, under METHOD-PROBLEM, with the oracle's choice: the setting
+    with the lowest error on the test.
+    """
+    best: dict[str, list[Row]] = {}
     for trial in trials:
-        method = trial["method"]
-        if method not in best or trial[SHARE] < best[method][SHARE]:
-            best[method] = trial
-    return {
-        method: {name: row[name] for name in ("learning_rate", "number", SHARE)}
-        for method, row in best.items()
-    }
+        name = "-".join(trial[key] for key in ("method", "problem") if key in trial)
+        best.setdefault(name, []).append(trial)
+    chosen = {}
+    for name, own in best.items():
+        row = min(own, key=lambda trial: trial[SHARE])
+        chosen[name] = {key: row[key] for key in ("learning_rate", "number", SHARE)}
+        if "test_mean" in row:
+            row = min(own, key=lambda trial: trial["test_mean"])
+            keys = ("learning_rate", "number", "test_mean")
+            chosen[name]["oracle"] = {key: row[key] for key in keys}
+    return chosen
 
 
-def _compare(call: Invocation[Any, FigureOptions], shift: str) -> None:
+def _compare(
+    call: Invocation[Any, Any], shift: str, data_dir: Path | None = None
+) -> None:
     if redraw(call.options, DRAWINGS, (shift,)):
         return
     config, options = call.config, call.options
     path = call.run_path(EXPERIMENT, f"{shift}-{options.preset}")
-    settings = load_chosen(config.chosen, config.methods, shift)
+    names = [
+        setting_name(config, method, problem)
+        for method in config.methods
+        for problem in config.problems
+    ]
+    settings = load_chosen(config.chosen, list(dict.fromkeys(names)), shift)
     identity = {**dataclasses.asdict(config), "chosen": settings}
     with figure_dir(
         path,
@@ -166,10 +271,14 @@ def _compare(call: Invocation[Any, FigureOptions], shift: str) -> None:
         if not run.finished:
             rows = [
                 {name: row[name] for name in RESULT_COLUMNS}
-                for row in _run_all(run, config, settings, call, shift)
+                for row in _reported(
+                    config,
+                    settings,
+                    _run_all(run, config, settings, call, shift, data_dir),
+                )
             ]
             run.write_metrics(rows, RESULTS)
-            seeds = [row for row in rows if row["split"] in TESTED]
+            seeds = [row for row in rows if row["split"] in (*TESTED, ORACLE)]
             run.write_metrics(seeds, f"{shift}_seeds.csv")
             table = summarize(seeds)
             finish_figures(run, DRAWINGS, {shift: table}, {"results": table})
@@ -178,27 +287,35 @@ def _compare(call: Invocation[Any, FigureOptions], shift: str) -> None:
         print(f"Figure: {run.path / shift}.png")
 
 
-TESTED = ("test_mean", "test_worst")
 RESULT_COLUMNS = ("problem", "num_envs", "method", "seed", "split", "error")
 
 
-def load_chosen(source: str, methods: Sequence[MethodName], shift: str) -> Settings:
-    """Each method's setting from the chosen.json of the shift's choose.
+def load_chosen(source: str, names: Sequence[str], shift: str) -> Settings:
+    """Settings by name from the chosen.json of the shift's choose.
+
+    Where the oracle has chosen another, that one comes second.
 
     Raises:
-      RunDirError: there is no such file, or not each method in it.
+      RunDirError: there is no such file, or not each name in it.
     """
+
+    def pair(row: Mapping[str, Any]) -> tuple[float, float]:
+        return float(row["learning_rate"]), float(row["number"])
+
     mend = f"make it with {shift}-choose"
     try:
         chosen = json.loads(Path(source).read_text())
         return {
-            method: (
-                (
-                    float(chosen[method]["learning_rate"]),
-                    float(chosen[method]["number"]),
-                ),
+            name: tuple(
+                dict.fromkeys(
+                    pair(row)
+                    for row in (
+                        chosen[name],
+                        chosen[name].get("oracle", chosen[name]),
+                    )
+                )
             )
-            for method in methods
+            for name in names
         }
     except (OSError, ValueError) as error:
         message = f"chosen {source!r} cannot be read ({error}): {mend}"
@@ -207,15 +324,28 @@ def load_chosen(source: str, methods: Sequence[MethodName], shift: str) -> Setti
     raise RunDirError(message)
 
 
+def _reported(config: Any, settings: Settings, rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of the setting that was chosen, and the oracle's mean error as `ORACLE`."""
+    for row in rows:
+        own = settings[setting_name(config, row["method"], row["problem"])]
+        setting = row["learning_rate"], row["number"]
+        if np.allclose(setting, own[0]):
+            yield row
+        on_test = config.by_problem and row["split"] == "test_mean"
+        if on_test and np.allclose(setting, own[-1]):
+            yield {**row, "split": ORACLE}
+
+
 def _run_all(
     run: RunDir,
     config: Any,
     settings: Settings,
     call: Invocation[Any, Any],
     shift: str,
+    data_dir: Path | None,
 ) -> list[Row]:
     jobs = [
-        (run.path / each.name, each, call.command, shift)
+        (run.path / each.name, each, call.command, shift, data_dir)
         for each in config.run_configs(settings)
     ]
     parts = train_parts(
@@ -224,11 +354,20 @@ def _run_all(
     return [row for rows in parts for row in rows]
 
 
-def run_one(path: Path, config: RunConfig, command: str, shift: str) -> list[Row]:
+def run_one(
+    path: Path,
+    config: RunConfig,
+    command: str,
+    shift: str,
+    data_dir: Path | None = None,
+) -> list[Row]:
     """The rows of a run: errors by setting, seed and split."""
     with RunDir(path, _run_name(shift), config, command=command) as run:
         if not run.finished:
-            run.write_metrics(list(_rows(config, TRAIN[shift])), RESULTS)
+            train = TRAIN[shift]
+            if data_dir is not None:
+                train = functools.partial(train, data_dir=data_dir)
+            run.write_metrics(list(_rows(config, train)), RESULTS)
             run.finish({})
         names = {
             "problem": config.problem,
@@ -258,15 +397,16 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
     """Test errors by problem, number of environments and method: means over seeds.
 
     With the mean over environments a bootstrap interval over seeds, and its ratio to
-    the oracle's where that was trained.
+    the oracle's where that was trained; and, where the oracle has chosen settings, the
+    mean error with those.
 
     Args:
-      rows: of each seed those with the splits `TESTED`.
+      rows: of each seed those with the splits `TESTED`, and `ORACLE` if any.
     """
     errors: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for row in rows:
         key = row["problem"], row["num_envs"], row["method"]
-        own = errors.setdefault(key, {split: [] for split in TESTED})
+        own = errors.setdefault(key, {split: [] for split in (*TESTED, ORACLE)})
         own[row["split"]].append(row["error"])
     table = []
     for (problem, num_envs, method), own in errors.items():
@@ -290,13 +430,15 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
                 "over_oracle": ratio,
             }
         )
+        if own[ORACLE]:
+            table[-1]["oracle_chosen"] = float(np.mean(own[ORACLE]))
     return table
 
 
 def format_summary(table: Sequence[Row]) -> str:
     """The summary as text."""
     columns = {
-        "problem": ("problem", "<10"),
+        "problem": ("problem", "<15"),
         "envs": ("num_envs", ">4"),
         "method": ("method", "<31"),
         "error": ("error", ">9.4f"),
@@ -308,23 +450,42 @@ def format_summary(table: Sequence[Row]) -> str:
     return format_rows(columns, table)
 
 
+_ERROR_CELL = "{error:.4f} ({low:.4f} to {high:.4f})"
+
+
 def format_markdown(table: Sequence[Row], problem: str, value: str = "error") -> str:
     """Of one problem a line for each method and a column for each number of
-    environments: the value, and for errors the interval.
+    environments: the value, and for errors the interval; a dash for what was not run.
     """
     own = [row for row in table if row["problem"] == problem]
     sizes = sorted({row["num_envs"] for row in own})
+    shown = "{over_oracle:.3f}" if value == "over_oracle" else _ERROR_CELL
     lines = [
         "| method | " + " | ".join(f"{size:g} envs" for size in sizes) + " |",
         "|---" * (len(sizes) + 1) + "|",
     ]
     for method in dict.fromkeys(row["method"] for row in own):
-        cells = {row["num_envs"]: row for row in own if row["method"] == method}
+        rows = {row["num_envs"]: row for row in own if row["method"] == method}
+        cells = [shown.format(**rows[n]) if n in rows else "-" for n in sizes]
+        lines.append(f"| {METHODS[method].label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def format_shifts(table: Sequence[Row], value: str = "error") -> str:
+    """Markdown with a line for each method and a column for each problem: errors with
+    intervals, or another value.
+    """
+    problems = list(dict.fromkeys(row["problem"] for row in table))
+    titles = [problem.replace("_", " ") for problem in problems]
+    lines = ["| method | " + " | ".join(titles) + " |"]
+    lines.append("|---" * (len(problems) + 1) + "|")
+    for method in dict.fromkeys(row["method"] for row in table):
+        cells = {row["problem"]: row for row in table if row["method"] == method}
         shown = [
-            f"{cells[size][value]:.3f}"
-            if value == "over_oracle"
-            else "{error:.4f} ({low:.4f} to {high:.4f})".format(**cells[size])
-            for size in sizes
+            "{error:.3f} ({low:.3f} to {high:.3f})".format(**cells[problem])
+            if value == "error"
+            else f"{cells[problem][value]:.3f}"
+            for problem in problems
         ]
         lines.append(f"| {METHODS[method].label} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from experiments.common.choices import Preset
+from experiments.common.cli import RunOptions, WorkerOptions
 from experiments.common.settings import fields_of
 from experiments.common.validation import (
     require,
     require_at_least,
+    require_choice,
     require_distinct,
     require_each,
     require_kinds,
+    require_positive,
     require_seeds,
 )
+from experiments.vision.config import DataOptions, DatasetName, VisionOptions
 
 MethodName = Literal[
     "averaging",
@@ -41,9 +45,17 @@ MethodName = Literal[
     "vrex",
     "vrex_whitened",
     "group_dro",
+    "temporal_and_mask",
+    "fishr",
+    "iga",
     "oracle",
 ]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+# Fishr and IGA have no setting chosen there yet; and a gradient of all examples has no
+# noise for the temporal form to see.
+LINEAR_METHODS: tuple[MethodName, ...] = tuple(
+    name for name in METHOD_NAMES if name not in ("fishr", "iga", "temporal_and_mask")
+)
 Problem = Literal[
     "example1", "example1s", "example2", "example2s", "example3", "example3s"
 ]
@@ -53,6 +65,8 @@ SCRAMBLED: tuple[Problem, ...] = ("example1s", "example2s", "example3s")
 
 SpiralsProblem = Literal["spirals", "spirals_rotated"]
 SPIRALS: tuple[SpiralsProblem, ...] = get_args(SpiralsProblem)
+ImagesProblem = Literal["own_shortcut", "coloured_labels", "rotated", "mixed_labels"]
+IMAGES: tuple[ImagesProblem, ...] = get_args(ImagesProblem)
 # Those that make sense in a network of several layers.
 NETWORK_METHODS: tuple[MethodName, ...] = (
     "averaging",
@@ -64,8 +78,24 @@ NETWORK_METHODS: tuple[MethodName, ...] = (
     "relative_gauss_newton_whitened",
     "upgrad_whitened",
 )
-# By method: pairs of a learning rate and the method's own number.
-Settings = Mapping[MethodName, tuple[tuple[float, float], ...]]
+# What fits in a network and is no ceiling; IRM and V-REx as their authors have them.
+IMAGES_METHODS: tuple[MethodName, ...] = tuple(
+    name
+    for name in METHOD_NAMES
+    if name not in ("irm_whitened", "vrex_whitened", "temporal_and_mask", "oracle")
+)
+# Pairs of a learning rate and the method's own number, by what `setting_name` gives.
+Settings = Mapping[str, tuple[tuple[float, float], ...]]
+
+
+def _require_batch(config: SpiralsSettings | ImagesSettings) -> None:
+    """Raises ValueError unless an environment has the examples of a step."""
+    require(
+        "batch_size",
+        config.batch_size,
+        config.batch_size <= config.examples_per_env,
+        f"at most examples_per_env ({config.examples_per_env})",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +139,12 @@ class LinearRun(LinearSettings):
 class LinearConfig(LinearSettings):
     """All methods on the linear unit tests."""
 
+    by_problem: ClassVar[bool] = False
     problems: tuple[Problem, ...] = PROBLEMS
     """The problems; a name that ends in s is the scrambled twin."""
     num_envs: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 10)
     """Numbers of training environments."""
-    methods: tuple[MethodName, ...] = METHOD_NAMES
+    methods: tuple[MethodName, ...] = LINEAR_METHODS
     """The methods."""
     seeds: tuple[int, int] = (0, 9)
     """First and last seed of a problem and its examples, both included."""
@@ -138,11 +169,12 @@ class LinearChooseConfig(LinearSettings):
 
     examples: int = 2000
     """Examples in each environment, of the training set and of the held-out one."""
+    by_problem: ClassVar[bool] = False
     problems: tuple[Problem, ...] = SCRAMBLED
     """The problems, which count alike."""
     num_envs: tuple[int, ...] = (6, 10)
     """Numbers of training environments, which count alike."""
-    methods: tuple[MethodName, ...] = METHOD_NAMES
+    methods: tuple[MethodName, ...] = LINEAR_METHODS
     """The methods."""
     learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
     """Initial learning rates to choose from, with each value of a method's own
@@ -153,7 +185,7 @@ class LinearChooseConfig(LinearSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_linear(self)
-        _require_rates(self)
+        require_rates(self)
 
     def run_configs(self, settings: Settings) -> list[LinearRun]:
         """All runs; see `_linear_runs`."""
@@ -202,12 +234,7 @@ class SpiralsSettings:
         require_each(self, ["revolutions"], lambda v: 0 < v < 100, "positive")
         require_each(self, ["shortcut_std"], lambda v: 0 <= v < 100, "non-negative")
         require_each(self, ["damping"], lambda v: 0 <= v < 1, "in [0, 1)")
-        require(
-            "batch_size",
-            self.batch_size,
-            self.batch_size <= self.examples_per_env,
-            f"at most examples_per_env ({self.examples_per_env})",
-        )
+        _require_batch(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +256,7 @@ class SpiralsRun(SpiralsSettings):
 class SpiralsConfig(SpiralsSettings):
     """Methods on the spirals, as they are and with rotated inputs."""
 
+    by_problem: ClassVar[bool] = False
     problems: tuple[SpiralsProblem, ...] = SPIRALS
     """The inputs: spirals, as they are; spirals_rotated."""
     methods: tuple[MethodName, ...] = NETWORK_METHODS
@@ -254,6 +282,7 @@ class SpiralsChooseConfig(SpiralsSettings):
     On held-out environments of seeds that are not reported.
     """
 
+    by_problem: ClassVar[bool] = False
     problems: tuple[SpiralsProblem, ...] = SPIRALS
     """The inputs, which count alike."""
     methods: tuple[MethodName, ...] = NETWORK_METHODS
@@ -267,11 +296,164 @@ class SpiralsChooseConfig(SpiralsSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_spirals(self)
-        _require_rates(self)
+        require_rates(self)
 
     def run_configs(self, settings: Settings) -> list[SpiralsRun]:
         """All runs; see `_spirals_runs`."""
         return _spirals_runs(self, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesSettings:
+    """Data, network and training; all that a run depends on besides the shift, method,
+    its setting and seed.
+    """
+
+    dataset: DatasetName = "fashion_mnist"
+    """fashion_mnist, mnist, or generated: tiny images for tests."""
+    num_envs: int = 8
+    """Training environments."""
+    examples_per_env: int = 512
+    """Training examples in each environment, and in each held-out one."""
+    test_examples: int = 2000
+    """Test examples, the same ones in every test environment."""
+    width: int = 8
+    """Channels after the first convolution; after the second twice as many."""
+    epochs: int = 20
+    """Passes over the training data; the learning rate falls to 0 as a cosine."""
+    batch_size: int = 32
+    """Examples per step from each environment."""
+    damping: float = 1e-3
+    """Of the whitening, relative to the mean eigenvalue of a layer's inputs' moment."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(DatasetName)
+        gray = [kind for kind in kinds if kind != "cifar10"]
+        require_choice("dataset", self.dataset, gray)
+        require_at_least(
+            self,
+            1,
+            "examples_per_env",
+            "test_examples",
+            "width",
+            "epochs",
+            "batch_size",
+        )
+        require_at_least(self, 2, "num_envs")
+        require_each(self, ["damping"], lambda v: 0 <= v < 1, "in [0, 1)")
+        _require_batch(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesRun(ImagesSettings):
+    """One method on one shift: every setting on every seed."""
+
+    problem: ImagesProblem = "own_shortcut"
+    method: MethodName = "averaging"
+    settings: tuple[tuple[float, float], ...] = ()
+    seeds: tuple[int, int] = (0, 0)
+
+    @property
+    def name(self) -> str:
+        """Name among the runs of a command; also its directory."""
+        return f"{self.method}-{self.problem}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig(ImagesSettings):
+    """Methods on shifts of real images."""
+
+    by_problem: ClassVar[bool] = True
+    problems: tuple[ImagesProblem, ...] = IMAGES
+    """The shifts."""
+    methods: tuple[MethodName, ...] = IMAGES_METHODS
+    """The methods."""
+    seeds: tuple[int, int] = (0, 4)
+    """First and last seed of images, shift and initial weights, both included."""
+    chosen: str = "docs/results/shifts/images_chosen.json"
+    """File with the settings of each method on each shift: the chosen.json of
+    images-choose."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_images(self)
+
+    def run_configs(self, settings: Settings) -> list[ImagesRun]:
+        """All runs; see `_images_runs`."""
+        return _images_runs(self, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesChooseConfig(ImagesSettings):
+    """What chooses a setting for each method on each shift.
+
+    On held-out environments of seeds that are not reported; and, to be shown beside,
+    on the test.
+    """
+
+    by_problem: ClassVar[bool] = True
+    problems: tuple[ImagesProblem, ...] = IMAGES
+    """The shifts, each with a choice of its own."""
+    methods: tuple[MethodName, ...] = IMAGES_METHODS
+    """The methods."""
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    """Initial learning rates to choose from, with each of the numbers."""
+    most_numbers: int = 3
+    """How many values of a method's own number to choose from, at most: evenly from
+    its list."""
+    seeds: tuple[int, int] = (1000, 1001)
+    """First and last seed of images, shift and initial weights, both included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_images(self)
+        require_rates(self)
+        require_at_least(self, 1, "most_numbers")
+
+    def run_configs(self, settings: Settings) -> list[ImagesRun]:
+        """All runs; see `_images_runs`."""
+        return _images_runs(self, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesLookConfig(ImagesSettings):
+    """A look at the gradients of averaging on each shift, layer by layer."""
+
+    problems: tuple[ImagesProblem, ...] = IMAGES
+    """The shifts."""
+    epochs: int = 2
+    """Passes over the training data before the second look; the first is at initial
+    weights."""
+    learning_rate: float = 0.003
+    """Initial learning rate of these passes."""
+    seed: int = 1000
+    """Seed of images, shift and initial weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_problems(self, ImagesProblem)
+        require_positive(self, "learning_rate")
+        require_seeds(self, "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesOptions(VisionOptions):
+    """Where the data are and where to write, and with how many processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesChooseOptions(DataOptions, WorkerOptions):
+    """Where the data are and where to write, and with how many processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesLookOptions(DataOptions, RunOptions):
+    """Where the data are and where to write."""
+
+
+def setting_name(config: Any, method: MethodName, problem: str) -> str:
+    """The name of a method's setting: one for all problems, or for each of them."""
+    return f"{method}-{problem}" if config.by_problem else method
 
 
 def _require_linear(config: LinearConfig | LinearChooseConfig) -> None:
@@ -284,16 +466,33 @@ def _require_linear(config: LinearConfig | LinearChooseConfig) -> None:
 
 
 def _require_spirals(config: SpiralsConfig | SpiralsChooseConfig) -> None:
-    require_kinds(config, problems=SpiralsProblem, methods=MethodName)
+    _require_problems(config, SpiralsProblem)
+    require_network_methods(config)
+    require_seeds(config, "seeds")
+
+
+def _require_images(config: ImagesConfig | ImagesChooseConfig) -> None:
+    _require_problems(config, ImagesProblem)
+    require_network_methods(config)
+    require_seeds(config, "seeds")
+
+
+def _require_problems(config: Any, kind: Any) -> None:
+    require_kinds(config, problems=kind)
     require_distinct(config, "problems", "problems")
+
+
+def require_network_methods(config: Any) -> None:
+    """Raises ValueError unless the methods are different ones that networks have."""
+    require_kinds(config, methods=MethodName)
     require_distinct(config, "methods", "methods")
     has_oracle = "oracle" in config.methods
     rule = "without oracle, which linear alone has"
     require("methods", config.methods, not has_oracle, rule)
-    require_seeds(config, "seeds")
 
 
-def _require_rates(config: LinearChooseConfig | SpiralsChooseConfig) -> None:
+def require_rates(config: Any) -> None:
+    """Raises ValueError unless the learning rates are different positive numbers."""
     require_distinct(config, "values", "learning_rates")
     require_each(config, ["learning_rates"], lambda v: 0 < v < 100, "positive")
 
@@ -310,7 +509,7 @@ def _linear_runs(
             problem=problem,
             num_envs=num_envs,
             method=method,
-            settings=settings[method],
+            settings=settings[setting_name(config, method, problem)],
             seeds=config.seeds,
         )
         for method, num_envs, problem in itertools.product(
@@ -328,7 +527,25 @@ def _spirals_runs(
             **fields_of(config, SpiralsSettings),
             problem=problem,
             method=method,
-            settings=settings[method],
+            settings=settings[setting_name(config, method, problem)],
+            seeds=config.seeds,
+        )
+        for method, problem in itertools.product(config.methods, config.problems)
+    ]
+
+
+def _images_runs(
+    config: ImagesConfig | ImagesChooseConfig, settings: Settings
+) -> list[ImagesRun]:
+    """Those of a method in a row: they share what is compiled, as all shifts have
+    arrays of the same shapes.
+    """
+    return [
+        ImagesRun(
+            **fields_of(config, ImagesSettings),
+            problem=problem,
+            method=method,
+            settings=settings[setting_name(config, method, problem)],
             seeds=config.seeds,
         )
         for method, problem in itertools.product(config.methods, config.problems)
@@ -380,4 +597,41 @@ SPIRALS_CHOOSE_PRESETS: dict[Preset, SpiralsChooseConfig] = {
     "paper": SpiralsChooseConfig(
         **fields_of(SPIRALS_PRESETS["paper"], SpiralsSettings)
     ),
+}
+_TINY: dict[str, Any] = {
+    "dataset": "generated",
+    "num_envs": 2,
+    "examples_per_env": 16,
+    "test_examples": 20,
+    "width": 2,
+    "epochs": 1,
+    "batch_size": 8,
+}
+_TWO: dict[str, Any] = {
+    "problems": ("own_shortcut", "coloured_labels"),
+    "methods": ("averaging",),
+}
+# More examples and a wider network than two cores have time for.
+_LARGER: dict[str, Any] = {
+    "examples_per_env": 4096,
+    "test_examples": 10_000,
+    "width": 32,
+    "batch_size": 64,
+}
+IMAGES_PRESETS: dict[Preset, ImagesConfig] = {
+    "smoke": ImagesConfig(**_TINY, **_TWO, seeds=(0, 1)),
+    "cpu": ImagesConfig(),
+    "paper": ImagesConfig(**_LARGER, seeds=(0, 9)),
+}
+IMAGES_CHOOSE_PRESETS: dict[Preset, ImagesChooseConfig] = {
+    "smoke": ImagesChooseConfig(
+        **_TINY, **_TWO, learning_rates=(0.01, 0.03), seeds=(1000, 1000)
+    ),
+    "cpu": ImagesChooseConfig(),
+    "paper": ImagesChooseConfig(**_LARGER),
+}
+IMAGES_LOOK_PRESETS: dict[Preset, ImagesLookConfig] = {
+    "smoke": ImagesLookConfig(**_TINY, problems=("own_shortcut", "rotated")),
+    "cpu": ImagesLookConfig(),
+    "paper": ImagesLookConfig(**_LARGER),
 }

@@ -12,12 +12,13 @@ import numpy as np
 import optax
 
 from experiments.shifts.config import LinearRun, LinearSettings, MethodName, Problem
-from experiments.shifts.linear_data import FEATURES, Data, make_data, task_of
+from experiments.shifts.linear_data import FEATURES, make_data, task_of
 from experiments.shifts.methods import METHODS, Setting, Whitening
 from experiments.shifts.training import (
-    Examples,
+    Data,
     State,
     Task,
+    errors_of,
     make_steps,
     share_of_baseline,
 )
@@ -75,12 +76,10 @@ def _make_run(steps: int, damping: float, task: Task, method: MethodName) -> Any
         state = loop.init(jnp.zeros((FEATURES, 1)))
         params = jax.lax.scan(step, state, length=steps)[0].params
 
-        def errors(envs: Examples) -> jax.Array:
-            return jax.vmap(lambda env: task.error(apply(params, env[0]), env[1]))(envs)
-
-        return (
-            {name: errors(envs) for name, envs in data._asdict().items()},
-            share_of_baseline(task, apply, params, data.held_out),
-        )
+        errors = {
+            name: errors_of(task, apply, params, envs)
+            for name, envs in data._asdict().items()
+        }
+        return errors, share_of_baseline(task, apply, params, data.held_out)
 
     return run

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.shifts.config import Problem
-from experiments.shifts.training import REGRESSION, TWO_CLASSES, Examples, Task
+from experiments.shifts.training import REGRESSION, TWO_CLASSES, Data, Examples, Task
 
 INVARIANT = 5
 SPURIOUS = 5
@@ -44,16 +44,6 @@ _SPREAD = 0.1**0.5
 # Of example 3: half the distance between classes, and the noise.
 _MARGIN = 0.1
 _MARGIN_NOISE = 0.1
-
-
-class Data(NamedTuple):
-    """`train` and `test` are examples of the same environments; `held_out` of others,
-    drawn as the training ones are, for choosing.
-    """
-
-    train: Examples
-    test: Examples
-    held_out: Examples
 
 
 class _Laws(NamedTuple):
@@ -86,7 +76,8 @@ def make_data(
       oracle: shuffle the spurious features of all sets, not of the test set alone.
 
     Returns:
-      float32 arrays: features [env, example, FEATURES], labels [env, example].
+      float32 arrays: features [env, example, FEATURES], labels [env, example]. The
+      environments of the test are the training ones.
     """
     streams = np.random.SeedSequence(seed).spawn(5)
     law_rng, train_rng, test_rng, held_out_rng, turn_rng = map(

@@ -17,11 +17,12 @@ import optax
 
 import hardvary
 from experiments.shifts.config import MethodName
-from hardvary.objectives import vrex_penalty
+from hardvary.objectives import fishr_penalty, iga_penalty, vrex_penalty
 
 # adam: a step size for every weight, which brings the basis of the weights back.
+# temporal: the same where signs have agreed over time; the number is its threshold.
 # layer: one for all weights of a layer.
-Optimizer = Literal["adam", "layer"]
+Optimizer = Literal["adam", "temporal", "layer"]
 # From the method's own number and the number of environments.
 Make = Callable[[Any, int], optax.GradientTransformationExtraArgs]
 
@@ -37,9 +38,10 @@ class Whitening(NamedTuple):
 class Recipe(NamedTuple):
     """What all methods of a shift have in common.
 
-    `b1`, `b2` and `eps` are Adam's. `l2` is added before its moments: however small, it
-    becomes the whole step of weights whose gradient a mask has taken. `weight_decay` is
-    what replaces it behind steps of a whole layer, added to them.
+    `b1`, `b2` and `eps` are Adam's, and `b3` is the temporal form's. `l2` is added
+    before its moments: however small, it becomes the whole step of weights whose
+    gradient a mask has taken. `weight_decay` is what replaces it behind steps of a
+    whole layer, added to them.
     """
 
     b1: float = 0.9
@@ -47,6 +49,7 @@ class Recipe(NamedTuple):
     eps: float = 1e-8
     l2: float = 0.0
     weight_decay: float = 0.0
+    b3: float = 0.9
 
 
 class Setting(NamedTuple):
@@ -59,14 +62,30 @@ class Setting(NamedTuple):
     number: Any
 
 
+# Of parameters and examples [example, ...], their mean.
+Loss = Callable[[Any, Any], jax.Array]
+
+
+class Tie(NamedTuple):
+    """A penalty on the gradients of all environments together.
+
+    `penalty` takes a `Loss`, parameters and a batch [env, example, ...]. `last_layer`:
+    it looks at the gradients of the last layer alone.
+    """
+
+    penalty: Callable[[Loss, Any, Any], jax.Array]
+    last_layer: bool = False
+
+
 class Method(NamedTuple):
     """How to train.
 
     `make` gives the rule that combines gradients. `whitened`: it sees them as for
     inputs of layers that are white. `optimizer` comes behind it. `numbers` are values
     of its own number, `name_of_number`, to choose from. `penalized`: the number is the
-    weight of IRM's penalty in every environment's loss. `oracle`: it is trained on
-    data in which nothing spurious tells the label.
+    weight of IRM's penalty in every environment's loss. `tie`: it is the weight of this
+    penalty on all of them, and `make` gets the gradient of mean loss and penalty.
+    `oracle`: it is trained on data in which nothing spurious tells the label.
     """
 
     label: str
@@ -76,6 +95,7 @@ class Method(NamedTuple):
     name_of_number: str | None = None
     numbers: tuple[float, ...] = (0.0,)
     penalized: bool = False
+    tie: Tie | None = None
     oracle: bool = False
 
 
@@ -126,6 +146,26 @@ def mean(number: Any, num_envs: int) -> optax.GradientTransformationExtraArgs:
     return hardvary.and_mask(0.0)
 
 
+def iga(loss: Loss, params: Any, batch: Any) -> jax.Array:
+    """IGA's penalty: how far environments differ in their gradients."""
+    return iga_penalty(hardvary.grad_stats(loss, stats=_MOMENTS)(params, batch))
+
+
+def fishr(loss: Loss, params: Any, batch: Any) -> jax.Array:
+    """Fishr's penalty: how far they differ in the variances of examples' gradients."""
+
+    def of_one(params: Any, example: Any) -> jax.Array:
+        return loss(params, jax.tree.map(lambda leaf: leaf[None], example))
+
+    of_env = hardvary.grad_stats(of_one, stats=_MOMENTS)
+    return fishr_penalty(jax.vmap(of_env, (None, 0))(params, batch))
+
+
+def given(number: Any, num_envs: int) -> optax.GradientTransformationExtraArgs:
+    """The gradient as it is, of a method whose objective is one for all."""
+    return optax.with_extra_args_support(optax.identity())
+
+
 def _thresholded(rule: Callable[[Any], Any]) -> Make:
     return lambda number, num_envs: rule(number)
 
@@ -134,6 +174,7 @@ def _plain(rule: Callable[[], Any]) -> Make:
     return lambda number, num_envs: rule()
 
 
+_MOMENTS: tuple[Literal["mean", "square"], ...] = ("mean", "square")
 _and_mask = _thresholded(hardvary.and_mask)
 _spectral = _thresholded(hardvary.spectral_and_mask)
 _drop = _thresholded(hardvary.drop_disagreement)
@@ -252,6 +293,29 @@ METHODS: dict[MethodName, Method] = {
         name_of_number="step size",
         numbers=(0.01, 0.1, 1.0),
     ),
+    "temporal_and_mask": Method(
+        "Temporal AND-mask",
+        mean,
+        "temporal",
+        name_of_number="threshold",
+        numbers=(0.2, 0.4, 0.6),
+    ),
+    "fishr": Method(
+        "Fishr",
+        given,
+        "adam",
+        name_of_number="weight",
+        numbers=_WEIGHTS,
+        tie=Tie(fishr, last_layer=True),
+    ),
+    "iga": Method(
+        "IGA",
+        given,
+        "adam",
+        name_of_number="weight",
+        numbers=_WEIGHTS,
+        tie=Tie(iga),
+    ),
     "oracle": Method("Oracle", mean, "layer", True, oracle=True),
 }
 
@@ -278,14 +342,18 @@ def make_optimizer(
       A transformation whose `update` takes `env_losses` and `baseline_losses`, [env].
     """
     rule = method.make(setting.number, num_envs)
-    if method.optimizer == "adam":
-        rule = optax.chain(
-            rule,
-            optax.add_decayed_weights(recipe.l2),
-            optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps),
-        )
-    else:
+    b1, b2, eps = recipe.b1, recipe.b2, recipe.eps
+    if method.optimizer == "layer":
         rule = optax.chain(rule, optax.scale_by_novograd(b1=0.9, b2=0.9))
+    else:
+        adam = (
+            optax.scale_by_adam(b1, b2, eps)
+            if method.optimizer == "adam"
+            else hardvary.scale_by_temporal_and_mask_adam(
+                b1, b2, recipe.b3, setting.number, eps
+            )
+        )
+        rule = optax.chain(rule, optax.add_decayed_weights(recipe.l2), adam)
     if method.whitened:
         # The optimizer inside: the length of a layer's update is then one that no
         # basis of the inputs changes.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common.networks import Params
+from experiments.common.networks import Params, part_of
 from experiments.common.settings import fields_of
 from experiments.shifts.config import (
     MethodName,
@@ -24,9 +24,10 @@ from experiments.shifts.methods import METHODS, Recipe, Setting, Whitening
 from experiments.shifts.training import (
     TWO_CLASSES,
     Examples,
-    State,
+    errors_of,
     make_steps,
     share_of_baseline,
+    train_epochs,
 )
 from experiments.synthetic.data import MECHANISM_DIMS, Dataset, Split, make_dataset
 from experiments.synthetic.model import Architecture, init_variables, make_apply
@@ -108,32 +109,19 @@ def _make_run(settings: SpiralsSettings, method: MethodName) -> Any:
             schedule,
             whitening,
             RECIPE,
+            functools.partial(part_of, prefix=f"mlp/layers/{settings.hidden_layers}/"),
         )
-        train = Examples(*dataset.train)
-
-        def step(state: State, rows: jax.Array) -> tuple[State, None]:
-            batch = jax.vmap(lambda env, own: jax.tree.map(lambda x: x[own], env))(
-                train, rows
-            )
-            return loop.step(state, batch)[0], None
-
-        def epoch(state: State, key: jax.Array) -> tuple[State, None]:
-            keys = jax.random.split(key, settings.num_envs)
-            order = jax.vmap(
-                lambda key: jax.random.permutation(key, settings.examples_per_env)
-            )(keys)
-            order = order[:, : steps_per_epoch * settings.batch_size]
-            shape = (settings.num_envs, steps_per_epoch, settings.batch_size)
-            return jax.lax.scan(step, state, order.reshape(shape).swapaxes(0, 1))
-
-        state = loop.init(initial.params)
-        keys = jax.random.split(order_key, settings.epochs)
-        params = jax.lax.scan(epoch, state, keys)[0].params
+        params = train_epochs(
+            loop,
+            initial.params,
+            Examples(*dataset.train),
+            order_key,
+            settings.epochs,
+            settings.batch_size,
+        )
 
         def errors(split: Split) -> jax.Array:
-            return jax.vmap(
-                lambda env: TWO_CLASSES.error(apply(params, env.features), env.labels)
-            )(split)
+            return errors_of(TWO_CLASSES, apply, params, Examples(*split))
 
         test = jax.tree.map(lambda leaf: leaf[None], dataset.test)
         # Few examples in each of many environments: as one.

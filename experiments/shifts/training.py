@@ -14,6 +14,7 @@ from experiments.shifts.methods import (
     Method,
     Recipe,
     Setting,
+    Tie,
     Whitening,
     make_optimizer,
 )
@@ -25,6 +26,16 @@ class Examples(NamedTuple):
 
     features: Any
     labels: Any
+
+
+class Data(NamedTuple):
+    """`train` is what is trained on, and `test` what is reported; `held_out` are other
+    environments, drawn as the training ones are, for choosing.
+    """
+
+    train: Examples
+    test: Examples
+    held_out: Examples
 
 
 class Task(NamedTuple):
@@ -77,6 +88,15 @@ DEFAULT_RECIPE = Recipe()
 Apply = Callable[[Any, Any], jax.Array]
 
 
+# From parameters to a part of them, and a function that puts other values there.
+SplitParams = Callable[[Any], tuple[Any, Callable[[Any], Any]]]
+
+
+def whole(params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """All parameters, as a `SplitParams`."""
+    return params, lambda own: own
+
+
 class State(NamedTuple):
     """All that training carries from step to step."""
 
@@ -102,8 +122,13 @@ def make_steps(
     schedule: optax.Schedule,
     whitening: Whitening,
     recipe: Recipe = DEFAULT_RECIPE,
+    split: SplitParams = whole,
 ) -> Steps:
-    """The loop's body, pure, to be traced by whoever loops; see `make_optimizer`."""
+    """The loop's body, pure, to be traced by whoever loops; see `make_optimizer`.
+
+    `split` gives the parameters of the last layer, whose gradients Fishr compares, and
+    a function that puts others in their place; all of them unless given.
+    """
     optimizer = make_optimizer(method, setting, num_envs, schedule, whitening, recipe)
 
     def env_loss(params: Any, batch: Examples) -> tuple[jax.Array, jax.Array]:
@@ -116,6 +141,8 @@ def make_steps(
         return (loss + penalty) / jnp.maximum(setting.number, 1.0), loss
 
     gradients = hardvary.value_and_env_grads(env_loss, has_aux=True)
+    if method.tie is not None:
+        gradients = _tied(task, apply, method.tie, setting.number, split)
 
     def init(params: Any) -> State:
         return State(params, optimizer.init(params))
@@ -132,6 +159,75 @@ def make_steps(
         return State(optax.apply_updates(state.params, updates), opt_state), losses
 
     return Steps(init, step)
+
+
+def _tied(
+    task: Task, apply: Apply, tie: Tie, weight: Any, split: SplitParams
+) -> Callable[[Any, Examples], Any]:
+    """The gradient of the mean loss and `weight` times a tie; aux are losses [env].
+
+    Divided by the weight where that is above 1, as with IRM's penalty.
+    """
+
+    def objective(params: Any, batch: Examples) -> tuple[jax.Array, jax.Array]:
+        losses = jax.vmap(
+            lambda env: task.loss(apply(params, env.features), env.labels)
+        )(batch)
+        own, rebuild = split(params) if tie.last_layer else whole(params)
+
+        def loss(own: Any, examples: Examples) -> jax.Array:
+            return task.loss(apply(rebuild(own), examples.features), examples.labels)
+
+        total = losses.mean() + weight * tie.penalty(loss, own, batch)
+        return total / jnp.maximum(weight, 1.0), losses
+
+    return jax.value_and_grad(objective, has_aux=True)
+
+
+def train_epochs(
+    loop: Steps,
+    params: Any,
+    train: Examples,
+    key: jax.Array,
+    epochs: int,
+    batch_size: int,
+) -> Any:
+    """Parameters after passes over the examples, in orders of each environment's own.
+
+    Args:
+      loop: what a step does.
+      params: the initial ones.
+      train: examples [env, example, ...].
+      key: of the orders.
+      epochs: number of passes.
+      batch_size: examples per step from each environment; what is left over of a pass
+        is left out.
+    """
+    num_envs, examples = train.labels.shape[:2]
+    steps = examples // batch_size
+
+    def step(state: State, rows: jax.Array) -> tuple[State, None]:
+        batch = jax.vmap(lambda env, own: jax.tree.map(lambda x: x[own], env))(
+            train, rows
+        )
+        return loop.step(state, batch)[0], None
+
+    def epoch(state: State, key: jax.Array) -> tuple[State, None]:
+        keys = jax.random.split(key, num_envs)
+        order = jax.vmap(lambda key: jax.random.permutation(key, examples))(keys)
+        order = order[:, : steps * batch_size]
+        shape = (num_envs, steps, batch_size)
+        return jax.lax.scan(step, state, order.reshape(shape).swapaxes(0, 1))
+
+    state = loop.init(params)
+    return jax.lax.scan(epoch, state, jax.random.split(key, epochs))[0].params
+
+
+def errors_of(task: Task, apply: Apply, params: Any, envs: Examples) -> jax.Array:
+    """Errors [env]."""
+    return jax.vmap(lambda env: task.error(apply(params, env.features), env.labels))(
+        envs
+    )
 
 
 def share_of_baseline(task: Task, apply: Apply, params: Any, envs: Examples) -> Any:

@@ -23,7 +23,7 @@ from experiments.common.validation import (
     require_share,
 )
 
-DatasetName = Literal["cifar10", "fashion_mnist", "generated"]
+DatasetName = Literal["cifar10", "fashion_mnist", "mnist", "generated"]
 Norm = Literal["batch", "group"]
 BatchNorm = Literal["path", "coupled"]
 Oracle = Literal["fused", "vmap"]
@@ -43,7 +43,7 @@ class Settings:
     """
 
     dataset: DatasetName = "cifar10"
-    """cifar10, fashion_mnist, or generated: tiny images for tests."""
+    """cifar10, fashion_mnist, mnist, or generated: tiny images for tests."""
     train_examples: int | None = None
     """Size of a subset with as many examples of each class; None for all."""
     test_examples: int | None = None
@@ -311,12 +311,17 @@ class CostConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionOptions(FigureOptions):
-    """Where the data are and where to write, and with how many processes."""
+class DataOptions:
+    """Where the data are."""
 
     data_dir: Path | None = None
     """Folder with the official files of the dataset; without it they are looked for
     where Debian installs them, then asked of tensorflow-datasets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionOptions(DataOptions, FigureOptions):
+    """Where the data are and where to write, and with how many processes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

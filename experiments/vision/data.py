@@ -1,4 +1,4 @@
-"""Images and labels: CIFAR-10, Fashion-MNIST, and tiny generated ones for tests.
+"""Images and labels: CIFAR-10, Fashion-MNIST, MNIST, and tiny generated ones for tests.
 
 Nothing is trusted unchecked. Files are compared with their published checksums before
 they are parsed, so a truncated, damaged or swapped one is an error that names it and
@@ -6,7 +6,7 @@ never data; pickles are read without the power to run code.
 
 Sources. CIFAR-10: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 Fashion-MNIST: Xiao, Rasul and Vollgraf 2017,
-https://github.com/zalandoresearch/fashion-mnist.
+https://github.com/zalandoresearch/fashion-mnist. MNIST: LeCun, Cortes and Burges 1998.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ FASHION_MNIST_MD5: Mapping[str, str] = MappingProxyType(
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     }
 )
+MNIST_MD5: Mapping[str, str] = MappingProxyType(
+    {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    }
+)
 # Its builders import TensorFlow, which it does not ask pip for.
 _TENSORFLOW_DATASETS = (
     "(3) pip install tensorflow-datasets tensorflow array_record importlib_resources, "
@@ -73,6 +81,10 @@ WAYS: Mapping[DatasetName, str] = MappingProxyType(
             "(1) apt-get install dataset-fashion-mnist (Debian, Ubuntu); (2) download "
             "the four .gz files from https://github.com/zalandoresearch/fashion-mnist "
             f"and give their folder as --data-dir; {_TENSORFLOW_DATASETS}"
+        ),
+        "mnist": (
+            "(1) give a folder with its four IDX files, compressed with gzip or not, "
+            f"as --data-dir; (2) ask for fashion_mnist; {_TENSORFLOW_DATASETS}"
         ),
         "generated": "it needs no files",
     }
@@ -101,17 +113,19 @@ class Images(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Shapes of a complete dataset."""
+    """Shapes of a complete dataset; `balanced`: each class has as many examples."""
 
     image_shape: tuple[int, int, int]
     train_examples: int
     test_examples: int
+    balanced: bool = True
 
 
 SPECS: Mapping[DatasetName, Spec] = MappingProxyType(
     {
         "cifar10": Spec((32, 32, 3), 50_000, 10_000),
         "fashion_mnist": Spec((28, 28, 1), 60_000, 10_000),
+        "mnist": Spec((28, 28, 1), 60_000, 10_000, balanced=False),
         "generated": Spec((8, 8, 1), 320, 160),
     }
 )
@@ -161,7 +175,11 @@ def _find(name: DatasetName, data_dir: Path | None) -> Images:
     if name == "generated":
         return generate()
     if data_dir is not None:
-        readers = {"cifar10": read_cifar10, "fashion_mnist": read_fashion_mnist}
+        readers = {
+            "cifar10": read_cifar10,
+            "fashion_mnist": read_fashion_mnist,
+            "mnist": read_mnist,
+        }
         return readers[name](Path(data_dir))
     if name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
         return read_fashion_mnist(DEBIAN_FASHION_MNIST)
@@ -174,11 +192,13 @@ def _require_complete(name: DatasetName, images: Images) -> None:
     for part, split, size in zip(Images._fields, images, sizes, strict=True):
         counts = np.bincount(split.labels, minlength=NUM_CLASSES)
         expected = (size, *spec.image_shape)
-        if split.images.shape != expected or set(counts) != {size // NUM_CLASSES}:
+        balanced = set(counts) == {size // NUM_CLASSES} or not spec.balanced
+        if split.images.shape != expected or not balanced:
+            each = f"{size // NUM_CLASSES} of each" if spec.balanced else "some of each"
             raise DataError(
                 f"{name}: the {part} part has images {split.images.shape} and "
-                f"{counts.tolist()} of each class, expected {expected} and "
-                f"{size // NUM_CLASSES} of each: {WAYS[name]}"
+                f"{counts.tolist()} of each class, expected {expected} and {each}: "
+                f"{WAYS[name]}"
             )
 
 
@@ -265,12 +285,22 @@ def read_fashion_mnist(
     Raises:
       DataError: a file is missing, damaged, or another one.
     """
+    return _read_idx_files("fashion_mnist", directory, checksums)
 
+
+def read_mnist(directory: Path, checksums: Mapping[str, str] = MNIST_MD5) -> Images:
+    """As `read_fashion_mnist`, whose files have the same names."""
+    return _read_idx_files("mnist", directory, checksums)
+
+
+def _read_idx_files(
+    dataset: DatasetName, directory: Path, checksums: Mapping[str, str]
+) -> Images:
     def read(name: str) -> np.ndarray:
-        content = _read_perhaps_gzipped(directory, name)
+        content = _read_perhaps_gzipped(dataset, directory, name)
         path = directory / name
-        _require_checksum("fashion_mnist", path, content, name, checksums)
-        return parse_idx(path, content)
+        _require_checksum(dataset, path, content, name, checksums)
+        return parse_idx(path, content, dataset)
 
     splits = [
         Split(
@@ -282,7 +312,9 @@ def read_fashion_mnist(
     return Images(*splits)
 
 
-def parse_idx(path: Path, content: bytes) -> np.ndarray:
+def parse_idx(
+    path: Path, content: bytes, dataset: DatasetName = "fashion_mnist"
+) -> np.ndarray:
     """The uint8 array of an IDX file, [example] or [example, height, width].
 
     Raises:
@@ -291,17 +323,17 @@ def parse_idx(path: Path, content: bytes) -> np.ndarray:
     # Two zeros, the type (8: unsigned bytes), the number of dimensions, their sizes.
     header = 4 + 4 * (content[3] if len(content) > 3 else 0)
     if content[:3] != b"\0\0\x08" or len(content) < header:
-        raise DataError(f"{path} is not an IDX file of bytes: {WAYS['fashion_mnist']}")
+        raise DataError(f"{path} is not an IDX file of bytes: {WAYS[dataset]}")
     shape = np.frombuffer(content[4:header], ">u4").tolist()
     if len(content) != header + math.prod(shape):
         raise DataError(
             f"{path} has {len(content)} bytes, expected {header + math.prod(shape)} "
-            f"for its shape {shape}: {WAYS['fashion_mnist']}"
+            f"for its shape {shape}: {WAYS[dataset]}"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _read_perhaps_gzipped(directory: Path, name: str) -> bytes:
+def _read_perhaps_gzipped(dataset: DatasetName, directory: Path, name: str) -> bytes:
     plain, compressed = directory / name, directory / f"{name}.gz"
     if plain.is_file():
         return plain.read_bytes()
@@ -310,13 +342,12 @@ def _read_perhaps_gzipped(directory: Path, name: str) -> bytes:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{compressed} is not there, nor is {name} without .gz: "
-            f"{WAYS['fashion_mnist']}"
+            f"{compressed} is not there, nor is {name} without .gz: {WAYS[dataset]}"
         ) from None
     except (EOFError, zlib.error, OSError) as error:
         raise DataError(
             f"{compressed} is truncated or damaged ({error}), expected a gzip file: "
-            f"{WAYS['fashion_mnist']}"
+            f"{WAYS[dataset]}"
         ) from error
 
 

@@ -27,6 +27,14 @@ class ToyConfig:
     name: str = "toy"
 
 
+def only_error(printed):
+    """The one line of an error; where the preset is smoke, behind a note on that."""
+    lines = printed.splitlines()
+    (error,) = [line for line in lines if not line.startswith("note: --preset smoke")]
+    assert error.startswith("error: ")
+    return error
+
+
 @pytest.fixture
 def open_run(tmp_path):
     """Opens the run directory tmp_path/run for a toy config."""

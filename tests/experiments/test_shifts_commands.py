@@ -9,8 +9,14 @@ import pytest
 from experiments.common.cli import main
 from experiments.shifts import commands
 from experiments.shifts.__main__ import COMMANDS
-from experiments.shifts.commands import choose, summarize, summarize_trials
+from experiments.shifts.commands import (
+    choose,
+    format_markdown,
+    summarize,
+    summarize_trials,
+)
 from experiments.shifts.config import LINEAR_PRESETS, LinearConfig
+from tests.experiments.conftest import only_error
 
 
 def shifts(*arguments):
@@ -121,9 +127,7 @@ def test_linear_refuses_wrong_input_in_one_line(arguments, message, tmp_path, ca
     out = tmp_path / "run"
     command = ("linear", "--preset", "smoke", *arguments, "--out", out)
     assert shifts(*command) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    error = only_error(capsys.readouterr().err)
     assert message in error
     assert not out.exists()
 
@@ -158,6 +162,7 @@ def test_choose_takes_the_lowest_share_and_counts_what_diverged_as_worst():
     def row(rate, error):
         return {
             "method": "irm",
+            "split": "held_out_share",
             "learning_rate": rate,
             "number": 1.0,
             "error": error,
@@ -186,6 +191,21 @@ def test_summarize_divides_by_the_oracle_seed_by_seed():
     irm, oracle = summarize(rows)
     assert (irm["error"], irm["worst_seed"], irm["over_oracle"]) == (4.0, 6.0, 2.5)
     assert oracle["over_oracle"] == 1.0
+
+
+def test_format_markdown_shows_what_was_not_run_as_a_dash():
+    def row(method, num_envs):
+        interval = {"error": 0.25, "low": 0.2, "high": 0.3, "over_oracle": 1.5}
+        names = {"problem": "example1", "method": method, "num_envs": num_envs}
+        return {**names, **interval}
+
+    rows = [row("irm", 4.0), row("irm", 2.0), row("vrex", 2.0)]
+    lines = format_markdown(rows, "example1").splitlines()
+    assert lines[0] == "| method | 2 envs | 4 envs |"
+    cell = "0.2500 (0.2000 to 0.3000)"
+    assert lines[2:] == [f"| IRM | {cell} | {cell} |", f"| V-REx | {cell} | - |"]
+    last = format_markdown(rows, "example1", "over_oracle").splitlines()[-1]
+    assert last == "| V-REx | 1.500 | - |"
 
 
 def test_presets_are_of_all_problems_and_methods():

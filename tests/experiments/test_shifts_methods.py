@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import hardvary
 from experiments.shifts.config import METHOD_NAMES, LinearRun, LinearSettings
 from experiments.shifts.linear import apply, data_for, train
 from experiments.shifts.linear_data import FEATURES
@@ -86,6 +87,47 @@ def test_group_dro_goes_to_the_environment_with_the_largest_loss():
     np.testing.assert_allclose(found, jax.nn.softmax(2 * losses), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["iga", "fishr"])
+def test_tied_methods_take_the_gradient_of_mean_loss_and_penalty(name, data):
+    weight, learning_rate = 3.0, 0.5
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:, :6]), data.train)
+    method = METHODS[name]._replace(optimizer="layer")
+    loop = make_steps(
+        TWO_CLASSES,
+        apply,
+        method,
+        Setting(learning_rate, weight),
+        ENVS,
+        optax.constant_schedule(1.0),
+        WHITENING,
+    )
+    params = 0.1 * jnp.ones((FEATURES, 1))
+
+    def of_examples(params, env):
+        return TWO_CLASSES.loss(apply(params, env.features), env.labels)
+
+    def objective(params):
+        losses, vectors = [], []
+        for env in range(ENVS):
+            own = jax.tree.map(lambda leaf, env=env: leaf[env], batch)
+            losses.append(of_examples(params, own))
+            ones = [
+                jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], own) for i in range(6)
+            ]
+            grads = [jax.grad(of_examples)(params, one) for one in ones]
+            stacked = jnp.stack(grads)
+            vectors.append(stacked.mean(0) if name == "iga" else stacked.var(0))
+        spread = jnp.sum(jnp.var(jnp.stack(vectors), axis=0))
+        return (jnp.stack(losses).mean() + weight * spread) / weight
+
+    state, losses = jax.jit(loop.step)(loop.init(params), batch)
+    assert losses.shape == (ENVS,)
+    direction = jax.jit(jax.grad(objective))(params)
+    moved = (params - state.params) / learning_rate
+    # NovoGrad's first step has length 1.
+    np.testing.assert_allclose(moved, direction / jnp.linalg.norm(direction), atol=1e-4)
+
+
 @pytest.mark.parametrize("task", [REGRESSION, TWO_CLASSES])
 def test_penalty_is_the_squared_slope_along_the_scale_of_the_outputs(task):
     outputs = jnp.array([0.3, -1.2, 2.0, 0.1])
@@ -134,3 +176,20 @@ def test_oracle_beats_averaging_where_spurious_features_are_turned_around():
         [(errors, _)] = train(run, 0)
         test[name] = float(errors["test"].mean())
     assert test["oracle"] < 0.03 < 0.2 < test["averaging_whitened"]
+
+
+def test_temporal_method_is_the_librarys_on_the_mean_gradient(data):
+    found, _ = two_steps("temporal_and_mask", data, Setting(0.1, 0.4))
+    tx = hardvary.temporal_and_mask_adam(0.1, 0.9, 0.999, 0.9, 0.4)
+
+    def loss(params):
+        return jax.vmap(
+            lambda env: TWO_CLASSES.loss(apply(params, env.features), env.labels)
+        )(data.train).mean()
+
+    params = jnp.zeros((FEATURES, 1))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(found, params, rtol=1e-4, atol=1e-6)

@@ -6,7 +6,8 @@ import pytest
 
 from experiments.common.figures import read_table
 from experiments.shifts import commands
-from experiments.shifts.commands import format_markdown, summarize
+from experiments.shifts.commands import format_markdown, format_shifts, summarize
+from experiments.shifts.look import format_look_markdown
 from tests.experiments.conftest import ROOT
 
 RESULTS = ROOT / "docs" / "results" / "shifts"
@@ -18,16 +19,19 @@ def table(name):
     return read_table(RESULTS / f"{name}.csv")
 
 
-@pytest.mark.parametrize(
-    ("problem", "value"),
-    [
-        ("example1s", "over_oracle"),
-        ("example2s", "error"),
-        ("example3s", "error"),
-    ],
-)
-def test_tables_of_scrambled_problems_are_of_the_committed_runs(problem, value):
-    assert format_markdown(table("linear"), problem, value) in PAGE
+@pytest.mark.parametrize("problem", ["example2s", "example3s"])
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (6, 7, 8, 9, 10)])
+def test_tables_of_scrambled_problems_are_of_the_committed_runs(problem, sizes):
+    rows = [row for row in table("linear") if row["num_envs"] in sizes]
+    assert format_markdown(rows, problem) in PAGE
+
+
+def test_table_of_noise_that_differs_is_of_the_committed_runs():
+    assert format_markdown(table("linear"), "example1s", "over_oracle") in PAGE
+
+
+def test_table_of_levels_is_of_the_committed_runs():
+    assert format_markdown(table("levels"), "levels") in PAGE
 
 
 def test_table_of_plain_problems_is_of_the_committed_runs():
@@ -37,6 +41,18 @@ def test_table_of_plain_problems_is_of_the_committed_runs():
 @pytest.mark.parametrize("problem", ["spirals", "spirals_rotated"])
 def test_tables_of_spirals_are_of_the_committed_runs(problem):
     assert format_markdown(table("spirals"), problem) in PAGE
+
+
+def test_table_of_the_look_at_gradients_is_of_the_committed_one():
+    page = (ROOT / "docs" / "does_it_help.md").read_text()
+    assert format_look_markdown(table("images_look")) in page
+
+
+def test_tables_of_images_are_of_the_committed_runs():
+    # All shifts in one table; its file comes with the runs.
+    for path in RESULTS.glob("images.csv"):
+        for value in ("error", "oracle_chosen"):
+            assert format_shifts(read_table(path), value) in PAGE
 
 
 @pytest.mark.parametrize("name", [*TABLES, "plain/linear"])
