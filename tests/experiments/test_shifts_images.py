@@ -29,11 +29,11 @@ from experiments.shifts.config import (
 from experiments.shifts.image_data import CHANNELS, make_data, rotate
 from experiments.shifts.look import of_layer
 from experiments.vision.data import MNIST_MD5, DataError
+from tests.experiments.conftest import only_error
 
 SETTINGS = ImagesSettings(
     dataset="generated", num_envs=4, examples_per_env=40, test_examples=50
 )
-from tests.experiments.conftest import only_error
 
 
 def shifts(*arguments):

@@ -36,10 +36,10 @@ from experiments.shifts.levels_config import (
     LevelsSettings,
 )
 from experiments.shifts.methods import Setting
+from tests.experiments.conftest import only_error
 
 SMOKE = LEVELS_PRESETS["smoke"]
 GENERATED = DATASET_PRESETS["smoke"]
-from tests.experiments.conftest import only_error
 
 
 def shifts(*arguments):
