@@ -47,6 +47,28 @@ def test_fifty_seeds_and_mask_solves_at_least_48(size):
     assert sum(accuracy >= 0.98 for accuracy in accuracies) >= 48
 
 
+@pytest.mark.parametrize(
+    ("name", "label"), [("demo_erm", "averaging (ERM)"), ("demo", "AND-mask")]
+)
+def test_demo_table_is_that_of_its_seeds(name, label):
+    rows = read_table(RESULTS / f"seeds_{name}.csv")
+    assert sorted(row["seed"] for row in rows) == list(range(20))
+    epochs = [int(row["epochs"]) for row in rows]
+    tests = seeds(name)
+    cells = [
+        label,
+        f"{min(epochs)} to {max(epochs)}, {mean(rows, 'epochs'):.0f} on average",
+        f"{min(row['train_accuracy'] for row in rows):.1%}",
+        *(
+            f"{value:.1%}"
+            for value in (statistics.fmean(tests), min(tests), max(tests))
+        ),
+        f"{sum(accuracy >= 0.98 for accuracy in tests)} of 20",
+    ]
+    page = (RESULTS.parent / "synthetic.md").read_text()
+    assert f"| {' | '.join(cells)} |".replace("%", " %") in page
+
+
 def test_figure_7_mechanism_rises_and_shortcuts_fall():
     rows = read_table(RESULTS / "figure7.csv")
 
