@@ -252,7 +252,7 @@ def _check_spread(grads: PyTree, name: str, axis_name: AxisName | None) -> None:
                 f"same on all devices of the axis {', '.join(map(repr, axes))}, over "
                 "which axis_name says that environments are spread: shard_map sums "
                 "gradients of replicated parameters over devices; stack those of "
-                f"jax.lax.pcast(params, {axes}, to='varying'), or use per_env_grad, "
+                f"pcast(params, {axes}, to='varying') of jax.lax, or use per_env_grad, "
                 "which does"
             )
 

@@ -231,7 +231,7 @@ def test_train_configs_have_directories_of_their_own(presets, preset):
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (Settings, {"dataset": "mnist"}, "dataset must be one of cifar10, .* 'mnist'"),
+        (Settings, {"dataset": "svhn"}, "dataset must be one of cifar10, .* 'svhn'"),
         (Settings, {"train_examples": 15}, "train_examples must be a multiple of 10"),
         (Settings, {"train_examples": 50}, "batch_size must be at most train_exam"),
         (Settings, {"drops": (40, 40)}, "drops must be positive and in ascending"),
