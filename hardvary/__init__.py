@@ -48,6 +48,7 @@ from hardvary.aggregators.whiten_inputs import WhitenInputsState, whiten_inputs
 from hardvary.aggregators.xor_mask import xor_mask
 from hardvary.decay import add_l1_decay
 from hardvary.fused.explain import Explanation, ParameterRule
+from hardvary.memory import largest_microbatch_size
 from hardvary.temporal import (
     ScaleByTemporalAndMaskAdamState,
     TemporalAndMaskState,
@@ -93,6 +94,7 @@ __all__ = [
     "gramian",
     "imtl_g",
     "kept_fractions",
+    "largest_microbatch_size",
     "majority_sign",
     "mask",
     "mgda",
