@@ -218,22 +218,21 @@ def in_parts(function: Callable[[Any], Any], inputs: Any, size: int) -> Any:
     return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, inputs)))
 
 
-def sum_over(
-    function: Callable[[Any], jax.Array], parts: Any, others: Any
-) -> jax.Array:
+def sum_over(function: Callable[[Any], Any], parts: Any, others: Any) -> Any:
     """The sum of `function` over axis 0 of `parts`, one after the other.
 
     Args:
-      function: of a part.
+      function: from a part to an array, or a tree of arrays.
       parts: leaves with one more axis in front.
       others: arrays that it closes over.
     """
 
-    def body(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
-        return total + function(part), None
+    def body(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
 
     like = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], parts))
-    zeros = sharding.vary_like(jnp.zeros(like.shape, like.dtype), (parts, others))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    zeros = sharding.vary_like(zeros, (parts, others))
     total, _ = jax.lax.scan(body, zeros, parts)
     return total
 

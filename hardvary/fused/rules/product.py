@@ -5,7 +5,7 @@ of f of the factors: sums, sums of squares, sums of signs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from hardvary.fused.rules.layout import in_layout
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.uses import Use
 
-# Environments whose signs are counted at once, on CPU: a few words.
+# Environments that are summed over at once, on CPU: their signs are a few words.
 PART = 128
 
 
@@ -47,30 +47,18 @@ class Product(Scan):
         # log(|a b| + eps) is no product of anything.
         rest = [s for s in statistics if not s.multiplicative]
         result = super().sums(rest, weights) if rest else {}
-        (use,) = self.group.uses
-        data, cotangent = (present(x, weights) for x in self._pair())
         votes = [s for s in statistics if not s.averaged]
         wanted = [s for s in statistics if s not in rest]
         if votes and MEAN not in wanted:
             wanted.append(MEAN)
-        dtype = _validate.wide(self.leaves[0].dtype)
-        for statistic in wanted:
-            if statistic is SIGN and weights is None:
-                total = _sum_of_signs(use, data, cotangent, dtype)
-            else:
-                left, right = data, cotangent
-                if statistic is not MEAN or weights is not None:
-                    # A square may leave the range of the factors' dtype.
-                    left, right = left.astype(dtype), right.astype(dtype)
-                left, right = statistic.function(left), statistic.function(right)
-                if weights is not None:
-                    weight = along_envs(weights.of(statistic), right)
-                    right = right * weight.astype(dtype)
-                # What is precise enough for gradients would round the weights of signs.
-                highest = jax.lax.Precision.HIGHEST
-                usual = use.eqn.params["precision"]
-                precision = usual if statistic.averaged else highest
-                total = _outer(use, left, right, dtype, precision)
+
+        def of(data: Any, cotangent: Any, weights: EnvWeights | None) -> Any:
+            data, cotangent = (present(x, weights) for x in (data, cotangent))
+            return [self._sum(s, data, cotangent, weights) for s in wanted]
+
+        totals = _sum_over_parts(of, (*self._pair(), weights))
+        for statistic, total in zip(wanted, totals, strict=True):
+            total = total.astype(_validate.wide(self.leaves[0].dtype))
             result[statistic] = [self._in_layout(total)]
         for statistic in votes:
             # Finite factors may have a product that is not.
@@ -78,12 +66,69 @@ class Product(Scan):
             result[statistic] = [jnp.where(finite, result[statistic][0], jnp.nan)]
         return {s: result[s] for s in statistics}
 
+    def _sum(
+        self,
+        statistic: Statistic,
+        data: jax.Array,
+        cotangent: jax.Array,
+        weights: EnvWeights | None,
+    ) -> jax.Array:
+        """A statistic of environments, in the layout of the parameter as it is used.
+
+        Where a product is not finite a sum of signs is of no meaning: `sums` makes it
+        NaN.
+        """
+        (use,) = self.group.uses
+        if statistic is SIGN and weights is None:
+            return _sum_of_signs(use, data, cotangent, self.num_envs)
+        dtype = _validate.wide(self.leaves[0].dtype)
+        left, right = data, cotangent
+        if statistic is not MEAN or weights is not None:
+            # A square may leave the range of the factors' dtype.
+            left, right = left.astype(dtype), right.astype(dtype)
+        left, right = statistic.function(left), statistic.function(right)
+        if weights is not None:
+            weight = along_envs(weights.of(statistic), right)
+            right = right * weight.astype(dtype)
+        # What is precise enough for gradients would round the weights of signs.
+        highest = jax.lax.Precision.HIGHEST
+        precision = use.eqn.params["precision"] if statistic.averaged else highest
+        return _outer(use, left, right, dtype, precision)
+
     def weighted_sum(self, weights: EnvWeights) -> list[jax.Array]:
         return self.sums([MEAN], weights)[MEAN]
 
     def _in_layout(self, total: jax.Array) -> jax.Array:
         (use,), (leaf,) = self.group.uses, self.group.leaves
         return in_layout(self.traced, use.operands[0], leaf, total)
+
+
+def _sum_over_parts(function: Callable[..., Any], inputs: Any) -> Any:
+    """`function(*inputs)`, a sum over environments, on CPU of some at a time.
+
+    What is multiplied is then copied, or packed in words, for a part of them alone.
+
+    Args:
+      function: from inputs of some environments to a tree of sums.
+      inputs: leaves `[env, ...]`.
+    """
+    num_envs = len(inputs[0])
+    whole = num_envs // PART
+    if whole == 0 or num_envs == PART or not sharding.on_cpu():
+        return function(*inputs)
+
+    def cut(start: Any, size: int) -> Any:
+        # Where they are: XLA on CPU copies what is reshaped in front of a loop.
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), inputs
+        )
+
+    starts = np.arange(whole, dtype=np.uint32) * PART
+    total = sum_over(lambda start: function(*cut(start, PART)), starts, inputs)
+    if num_envs % PART:
+        last = function(*cut(np.uint32(whole * PART), num_envs % PART))
+        total = jax.tree.map(jnp.add, total, last)
+    return total
 
 
 def _outer(
@@ -118,39 +163,22 @@ def _outer(
 
 
 def _sum_of_signs(
-    use: Use, data: jax.Array, cotangent: jax.Array, dtype: Any
+    use: Use, data: jax.Array, cotangent: jax.Array, num_envs: int
 ) -> jax.Array:
-    """Sums the signs of the products of all environments, as `_outer` does.
-
-    Where a product is not finite the sum is of no meaning: `sums` makes it NaN.
-    """
+    """Sums the signs of products as `_outer` does, for a sum over `num_envs` in all."""
     if not sharding.on_cpu():
         # bfloat16 holds signs exactly, NaN too, and the sums are in a wide type.
         left, right = (
             sign_or_nan(factor).astype(jnp.bfloat16) for factor in (data, cotangent)
         )
-        return _outer(use, left, right, jnp.dtype(jnp.float32), None).astype(dtype)
-    whole = len(data) // PART
-    if whole == 0 or len(data) == PART:
-        return _count_bits(use, data, cotangent).astype(dtype)
-
-    def part(start: jax.Array) -> jax.Array:
-        # Cut where they are: XLA on CPU copies what is reshaped in front of a loop.
-        cut = (
-            jax.lax.dynamic_slice_in_dim(factor, start, PART)
-            for factor in (data, cotangent)
-        )
-        return _count_bits(use, *cut)
-
-    starts = np.arange(whole, dtype=np.uint32) * PART
-    total = sum_over(part, starts, (data, cotangent))
-    if len(data) % PART:
-        total += _count_bits(use, data[whole * PART :], cotangent[whole * PART :])
-    return total.astype(dtype)
+        return _outer(use, left, right, jnp.dtype(jnp.float32), None)
+    # As narrow as they may be: sums are as large as the parameter.
+    narrow = num_envs <= np.iinfo(np.int16).max
+    return _count_bits(use, data, cotangent).astype(jnp.int16 if narrow else jnp.int32)
 
 
 def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
-    """`_sum_of_signs` in float32, 32 environments in a word.
+    """`_sum_of_signs` in int32, 32 environments in a word.
 
     A CPU multiplies 8 or 16 numbers at once, and so many times 32 signs. A factor that
     is not finite counts as its sign does.
@@ -182,8 +210,7 @@ def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
         total += jax.lax.population_count(both).astype(jnp.int32)
         total -= 2 * jax.lax.population_count(differ).astype(jnp.int32)
     axes = [*mine_batch, *mine_contract, *mine_free]
-    product = total.astype(jnp.float32)
-    return jnp.transpose(product, [axes.index(axis) for axis in range(ndim)])
+    return jnp.transpose(total, [axes.index(axis) for axis in range(ndim)])
 
 
 def _packed(masks: Sequence[jax.Array]) -> list[jax.Array]:
