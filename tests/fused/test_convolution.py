@@ -1,6 +1,8 @@
 """Kernel gradients of convolutions of every form, and what they cost."""
 
+import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 import hardvary
+from hardvary import _compat
+from hardvary.fused.rules import convolution
 from hardvary.fused.rules.convolution import PIECES, kernel_gradient
 from tests._compat import subjaxprs
 from tests.fused._stacked import assert_equals_stacked, floats
@@ -44,13 +48,21 @@ def check(x, kernel, *args, **settings):
     @compile_quickly
     def both(x, kernel, cotangent):
         _, vjp = jax.vjp(lambda kernel: convolve(x, kernel, *args, **settings), kernel)
-        actual = kernel_gradient(x, cotangent, eqn.params, kernel.shape)
+        with pytest.MonkeyPatch.context() as patch:
+            # As a convolution wherever it may be one.
+            patch.setattr(convolution, "PLACES", 0)
+            patch.setattr(_compat, "CONVOLVES_LARGE_WINDOWS", True)
+            actual = [
+                kernel_gradient(x, cotangent, eqn.params, kernel.shape, alone)
+                for alone in (False, True)
+            ]
         return actual, vjp(cotangent)[0]
 
-    actual, expected = both(x, kernel, cotangent)
-    assert actual.shape == kernel.shape
+    gradients, expected = both(x, kernel, cotangent)
     scale = np.abs(expected).max(initial=1)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale)
+    for actual in gradients:
+        assert actual.shape == kernel.shape
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale)
     return shape
 
 
@@ -154,6 +166,78 @@ def convolutions(draw):
 def test_kernel_gradient_of_a_random_convolution_equals_that_of_jax(drawn):
     x, kernel, settings = drawn
     check(x, kernel, settings.pop("strides"), settings.pop("padding"), **settings)
+
+
+def of_an_image(kernel, image):
+    """A loss whose kernel's gradient is taken as a convolution."""
+    return jnp.mean(jnp.tanh(convolve(image[None], kernel, (1, 1), "SAME")))
+
+
+def images():
+    return floats(3, 3, 2, 4), floats(3, 12, 12, 2, seed=1)
+
+
+@pytest.fixture
+def convolved(monkeypatch):
+    """Has XLA's convolutions be fast; counts how often they are taken."""
+    taken = []
+    by_convolution = convolution._by_convolution
+    monkeypatch.setattr(_compat, "CONVOLVES_LARGE_WINDOWS", True)
+    monkeypatch.setattr(
+        convolution,
+        "_by_convolution",
+        lambda *args: taken.append(args) or by_convolution(*args),
+    )
+    return taken
+
+
+def test_statistics_norms_and_whitened_gramian_of_images_are_convolved(convolved):
+    kernel, x = images()
+
+    @compile_quickly
+    def run(kernel, x):
+        grad = hardvary.env_grads(of_an_image)(kernel, x)
+        return grad.stats(("mean", "sign")), grad.norms()
+
+    stats, norms = run(kernel, x)
+    assert len(convolved) == 2
+    grads = compile_quickly(jax.vmap(jax.grad(of_an_image), (None, 0)))(kernel, x)
+    np.testing.assert_allclose(stats.mean, grads.mean(0), rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(stats.sign_sum, jnp.sign(grads).sum(0))
+    expected = jnp.sqrt(jnp.sum(grads**2, (1, 2, 3, 4)))
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)
+
+
+def test_convolved_gradients_are_differentiated_and_mapped_over(convolved):
+    kernel, x = images()
+
+    def length(kernel, x, method):
+        stats = hardvary.grad_stats(of_an_image, method=method)(kernel, x)
+        return jnp.sum(stats.mean**2)
+
+    both = jnp.stack([kernel, 2 * kernel])
+    actual, expected = (
+        compile_quickly(
+            jax.vmap(
+                jax.value_and_grad(functools.partial(length, method=method)), (0, None)
+            )
+        )(both, x)
+        for method in ("fused", "vmap")
+    )
+    assert convolved
+    for leaf, other in zip(actual, expected, strict=True):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_a_vmap_of_steps_has_no_convolution_in_groups(convolved):
+    kernel, x = images()
+    oracle = jax.vmap(hardvary.grad_stats(of_an_image), (0, None))
+    text = str(jax.make_jaxpr(oracle)(jnp.stack([kernel, kernel]), x))
+    assert convolved
+    assert "feature_group_count=1" in text
+    assert not re.search(r"feature_group_count=(?!1\b)", text)
+    assert not re.search(r"batch_group_count=(?!1\b)", text)
 
 
 # What it costs.

@@ -174,8 +174,12 @@ class Rule(Source):
 
         return operands, determine
 
-    def pull(self) -> Callable[[Any, Any], list[jax.Array]]:
-        """The gradients, as a function of what one environment left behind."""
+    def pull(self, alone: bool = False) -> Callable[[Any, Any], list[jax.Array]]:
+        """The gradients, as a function of what one environment left behind.
+
+        Args:
+          alone: whether it is taken of one after the other, not mapped over them.
+        """
         traced, uses = self.traced, self.group.uses
         operands, determine = self._determined()
         values, back = jax.vjp(determine, *self.leaves)
@@ -191,7 +195,9 @@ class Rule(Source):
                 uses, saved, cotangents, strict=True
             ):
                 arguments = [given[o] for o in use.operands]
-                pull_use = convolution.pull if convolution.applies(use) else Use.pull
+                pull_use: Callable[..., Any] = Use.pull
+                if convolution.applies(use):
+                    pull_use = functools.partial(convolution.pull, alone=alone)
                 results = pull_use(
                     use, arguments, traced.env, use_saved, use_cotangents
                 )

@@ -274,7 +274,7 @@ class Convolution(Factors):
 
             def of_env(pair: Any) -> jax.Array:
                 own, sent = pair
-                grad = convolution.kernel_gradient(own, sent, params, shape)
+                grad = convolution.kernel_gradient(own, sent, params, shape, alone=True)
                 return self.times(root.T, grad)
 
             # One at a time, as in `Scan`.

@@ -36,7 +36,8 @@ class Scan(Rule):
     """Goes through the environments and adds up."""
 
     def sums(self, statistics: Sequence[Statistic], weights: EnvWeights | None) -> Sums:
-        pull = self.pull()
+        size = self._at_once()
+        pull = self.pull(alone=size == 1)
         inputs = (*self.left_behind(), weights)
 
         def one(saved: Any, cotangents: Any, weight: EnvWeights | None) -> Any:
@@ -48,7 +49,6 @@ class Scan(Rule):
             grads = jax.vmap(pull)(saved, cotangents)
             return sum_over_envs(grads, statistics, weights), None
 
-        size = self._at_once()
         # Several in a row are added to the sums in one pass over these.
         convolved = self._is_convolved()
         sums, _ = sums_by_parts(
@@ -113,11 +113,17 @@ class Scan(Rule):
 
     def _of_envs(self, function: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
         """`function` of gradients `[env, ...]`, of as many environments as fit."""
+        size = self._at_once()
+        pull = self.pull(alone=size == 1)
+
+        def one(left_behind: Any) -> list[jax.Array]:
+            left_behind = jax.tree.map(lambda x: x[0], left_behind)
+            return [function(grad[None]) for grad in pull(*left_behind)]
 
         def some(left_behind: Any) -> list[jax.Array]:
-            return [function(grad) for grad in jax.vmap(self.pull())(*left_behind)]
+            return [function(grad) for grad in jax.vmap(pull)(*left_behind)]
 
-        return in_parts(some, self.left_behind(), self._at_once())
+        return in_parts(one if size == 1 else some, self.left_behind(), size)
 
     def _is_convolved(self) -> bool:
         return any(convolution.applies(use) for use in self.group.uses)
