@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from hardvary._compat import vary, varying_axes
 from hardvary.fused.equations import REMAT, bind, run_jaxpr
 from hardvary.fused.program import Atom, Bindings, Kind, Value, kind_of
+from hardvary.fused.rewrites import with_faster_arguments
 
 
 @dataclasses.dataclass(eq=False)
@@ -155,7 +156,8 @@ class Operation(Site):
         return [_zeros(self._outputs[i].aval) for i in self._live]
 
     def run(self, bindings: Bindings, zeros: Any) -> Any:
-        results = bind(self._eqn, [bindings[atom] for atom in self._inputs])
+        arguments = [bindings[atom] for atom in self._inputs]
+        results = bind(self._eqn, with_faster_arguments(self._eqn, arguments))
         for i, zero in zip(self._live, zeros, strict=True):
             results[i] = _plus(results[i], zero)
         bindings.update(self._outputs, results)

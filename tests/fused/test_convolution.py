@@ -51,7 +51,7 @@ def check(x, kernel, *args, **settings):
         with pytest.MonkeyPatch.context() as patch:
             # As a convolution wherever it may be one.
             patch.setattr(convolution, "PLACES", 0)
-            patch.setattr(_compat, "CONVOLVES_LARGE_WINDOWS", True)
+            patch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
             actual = [
                 kernel_gradient(x, cotangent, eqn.params, kernel.shape, alone)
                 for alone in (False, True)
@@ -182,7 +182,7 @@ def convolved(monkeypatch):
     """Has XLA's convolutions be fast; counts how often they are taken."""
     taken = []
     by_convolution = convolution._by_convolution
-    monkeypatch.setattr(_compat, "CONVOLVES_LARGE_WINDOWS", True)
+    monkeypatch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
     monkeypatch.setattr(
         convolution,
         "_by_convolution",
@@ -426,3 +426,41 @@ def test_kernel_gradient_of_half_precision_is_summed_in_float32(dtype):
         kernel.shape,
     )
     np.testing.assert_array_equal(actual, wide)
+
+
+# The loss itself.
+
+
+@pytest.mark.parametrize("features_last", [True, False], ids=["last", "first"])
+@pytest.mark.parametrize(
+    ("inside", "out", "padded"), [(3, 20, 4), (3, 8, 3), (4, 20, 4)]
+)
+def test_convolution_of_colours_has_an_even_number_of_features(
+    inside, out, padded, features_last, monkeypatch
+):
+    monkeypatch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
+    x, kernel = inputs((6, 6), (3, 3), 1, inside, out, features_last)
+    x = jnp.stack([x, 2 * x, -x])
+
+    def loss(kernel, x):
+        return jnp.mean(jnp.tanh(convolve(x, kernel, (1, 1), "SAME", features_last)))
+
+    assert_equals_stacked(loss, kernel, x)
+    oracle = hardvary.grad_stats(loss)
+    kernels = {
+        eqn.invars[1].aval.shape
+        for eqn in equations_of(jax.make_jaxpr(oracle)(kernel, x).jaxpr)
+        if eqn.primitive.name == "conv_general_dilated"
+    }
+    wide = (*kernel.shape[:2], padded, out)
+    if not features_last:
+        wide = (out, padded, *kernel.shape[2:])
+    assert wide in kernels
+
+
+def equations_of(jaxpr):
+    """All equations, those inside of others too."""
+    found = list(jaxpr.eqns)
+    for inner in subjaxprs(jaxpr):
+        found += equations_of(inner)
+    return found

@@ -100,7 +100,7 @@ def _is_convolved_faster(
     pieces = math.prod(axis.window for axis in axes)
     places = math.prod(axis.out for axis in axes)
     return (
-        _compat.CONVOLVES_LARGE_WINDOWS
+        _compat.NEW_CPU_CONVOLUTIONS
         and sharding.on_cpu()
         and jax.sharding.get_abstract_mesh().empty
         and data.dtype == jnp.float32
