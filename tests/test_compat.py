@@ -23,8 +23,8 @@ LOWEST = ".".join(map(str, _compat.LOWEST_JAX))
 OF_SOME_VERSIONS = re.compile(
     r"jax\._src|jax\.__version__|jex\.(DebugInfo|gensym|get_opaque_trace_state)"
     r"|jex\.(jaxprs_in_params|subjaxprs|new_jaxpr_eqn)|lax\.(pcast|pvary)"
-    r"|[^`]jax\.reshard\(\w+, (?!jax\.P\(\)\))|jax\.set_mesh|\.manual_axis_type|\.vma\b"
-    r"|\bft_in\b|\bnum_consts\b"
+    r"|[^`]jax\.reshard\(\w+, (?!jax\.P\(\)\))|jax\.(set_mesh|enable_x64)"
+    r"|\.manual_axis_type|\.vma\b|\bft_in\b|\bnum_consts\b"
 )
 
 

@@ -14,6 +14,7 @@ from tests._asserts import (
     assert_trees_equal,
     field_of,
 )
+from tests._compat import enable_x64
 from tests._inputs import SHAPES, STATISTICS, make_params
 
 ROUTES = {
@@ -261,7 +262,7 @@ def test_oracles_of_a_loss_without_parameters_return_zeros(route):
 @every_route
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_grad_stats_keep_the_dtype_and_count_in_float32_or_more(dtype, route):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         params = {"w": jnp.ones(3, dtype), "b": jnp.zeros((), dtype)}
         x = jnp.asarray(np.random.default_rng(0).normal(size=(300, 3)), dtype)
 
