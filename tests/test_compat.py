@@ -136,6 +136,7 @@ def test_vary_without_pcast_varies(monkeypatch):
     monkeypatch.delattr(jax.lax, "pcast", raising=False)
     monkeypatch.setattr(jax.lax, "pvary", lambda x, axes: (x, axes), raising=False)
     assert _compat.vary(1, ("data",)) == (1, ("data",))
+    assert _compat.vary_call("w", ("a", "b")) == "jax.lax.pvary(w, ('a', 'b'))"
 
 
 def test_reshard_before_it_was_public(monkeypatch):
