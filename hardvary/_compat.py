@@ -56,6 +56,14 @@ def vary(array: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     return jax.lax.pvary(array, axes)  # type: ignore[attr-defined]
 
 
+def vary_call(what: str, axes: tuple[Any, ...]) -> str:
+    """How a user writes what `vary` does."""
+    if hasattr(jax.lax, "pcast"):
+        return f"jax.lax.pcast({what}, {axes}, to='varying')"
+    # Before jax 0.8.
+    return f"jax.lax.pvary({what}, {axes})"
+
+
 def reshard(array: jax.Array, spec: Any) -> jax.Array:
     """`array` spread over explicit axes of a mesh as `spec` says."""
     if hasattr(jax, "reshard"):

@@ -23,8 +23,8 @@ LOWEST = ".".join(map(str, _compat.LOWEST_JAX))
 OF_SOME_VERSIONS = re.compile(
     r"jax\._src|jax\.__version__|jex\.(DebugInfo|gensym|get_opaque_trace_state)"
     r"|jex\.(jaxprs_in_params|subjaxprs|new_jaxpr_eqn)|lax\.(pcast|pvary)"
-    r"|[^`]jax\.reshard\(\w+, (?!jax\.P\(\)\))|jax\.set_mesh|\.manual_axis_type|\.vma\b"
-    r"|\bft_in\b|\bnum_consts\b"
+    r"|[^`]jax\.reshard\(\w+, (?!jax\.P\(\)\))|jax\.(set_mesh|enable_x64)"
+    r"|\.manual_axis_type|\.vma\b|\bft_in\b|\bnum_consts\b"
 )
 
 
@@ -136,6 +136,7 @@ def test_vary_without_pcast_varies(monkeypatch):
     monkeypatch.delattr(jax.lax, "pcast", raising=False)
     monkeypatch.setattr(jax.lax, "pvary", lambda x, axes: (x, axes), raising=False)
     assert _compat.vary(1, ("data",)) == (1, ("data",))
+    assert _compat.vary_call("w", ("a", "b")) == "jax.lax.pvary(w, ('a', 'b'))"
 
 
 def test_reshard_before_it_was_public(monkeypatch):

@@ -17,6 +17,7 @@ from flax import linen, nnx
 
 import hardvary
 from tests._asserts import assert_like_params, assert_trees_close, assert_trees_equal
+from tests._compat import enable_x64
 from tests._inputs import DTYPES, SHAPES, make_grads, make_params
 
 NUM_ENVS = 4
@@ -309,7 +310,7 @@ def test_transformation_with_unknown_extra_arguments_ignores_them(case):
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_transformation_keeps_the_dtype_of_its_updates(case, dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         tx, params = make(case), make_params("array", dtype)
         state = tx.init(params)
         updates, new_state = jax.jit(tx.update)(case.inputs(params), state, params)

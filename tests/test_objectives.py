@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 import hardvary
 from hardvary.objectives import irm_penalty, reverse_gradient, vrex_penalty
 from tests._asserts import assert_trees_close, assert_trees_equal, field_of
+from tests._compat import enable_x64
 from tests._inputs import DTYPES, make_params
 from tests.test_errors import raises
 
@@ -63,7 +64,7 @@ def test_irm_penalty_equals_the_squared_slope_by_hand(case, seed):
 
 @pytest.mark.parametrize("case", CASES)
 def test_irm_penalty_equals_the_derivative_with_respect_to_a_multiplier(case):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         logits, labels = (jnp.asarray(a) for a in make_case(case))
         slope = jax.grad(lambda w: mean_loss(w * logits, labels))(jnp.ones(()))
         np.testing.assert_allclose(
@@ -74,7 +75,7 @@ def test_irm_penalty_equals_the_derivative_with_respect_to_a_multiplier(case):
 @pytest.mark.parametrize("case", CASES)
 def test_irm_penalty_of_logits_at_the_optimal_scale_is_zero(case):
     # Examples that contradict each other keep the optimal scale finite.
-    with jax.enable_x64(True):
+    with enable_x64(True):
         logits = {
             "binary": jnp.full(4, np.log(3.0)),
             "multiclass": jnp.broadcast_to(jnp.log(jnp.array([3.0, 1.0])), (4, 2)),
@@ -88,7 +89,7 @@ def test_irm_penalty_of_logits_at_the_optimal_scale_is_zero(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_irm_penalty_gradient_agrees_with_finite_differences(case):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         logits, labels = (jnp.asarray(a) for a in make_case(case))
         check_grads(lambda z: irm_penalty(z, labels), (logits,), order=1, rtol=1e-6)
 
@@ -116,7 +117,7 @@ def test_irm_penalty_further_example_axes_count_as_examples(case):
 def test_irm_penalty_binary_labels_of_any_real_dtype_are_the_same(dtype):
     logits, labels = make_case("binary")
     logits = jnp.asarray(logits, "float32")
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         assert_trees_equal(
             irm_penalty(logits, labels.astype(dtype)), irm_penalty(logits, labels)
         )
@@ -126,7 +127,7 @@ def test_irm_penalty_binary_labels_of_any_real_dtype_are_the_same(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_irm_penalty_has_the_dtype_of_the_logits_and_wide_sums(dtype, case):
     logits, labels = make_case(case, examples=5000)
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         logits = jnp.asarray(logits, dtype)
         penalty = jax.jit(irm_penalty)(logits, labels)
         assert penalty.dtype == dtype
@@ -232,7 +233,7 @@ def test_vrex_penalty_gradient_is_twice_the_centred_loss_over_environments():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vrex_penalty_has_the_dtype_of_the_losses_and_wide_sums(dtype):
     # In bfloat16 a sum of the losses would be off by more than their deviations.
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         losses = jnp.asarray(64 + np.arange(100) % 2 / 2, dtype)
         penalty = vrex_penalty(losses)
         assert penalty.dtype == dtype
@@ -279,7 +280,7 @@ def test_reverse_gradient_is_minus_scale_times_the_gradient(x, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 2, np.float32(0.5)], ids=repr)
 def test_reverse_gradient_keeps_values_and_dtypes(dtype, scale):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         params = make_params("nested", dtype)
         params["special"] = jnp.array([jnp.inf, -jnp.inf, -0.0], dtype)
         same = jax.jit(reverse_gradient)(params, scale)

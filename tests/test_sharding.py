@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hardvary
+from hardvary._compat import vary
 from tests._asserts import assert_trees_close, field_of
 from tests._compat import set_mesh
 from tests._inputs import AGGREGATORS, PLAIN_AGGREGATORS, STATISTICS
@@ -334,7 +335,8 @@ def test_gradients_that_shard_map_has_summed_over_devices_are_refused(
         return ask(jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch))
 
     def cast(params, batch):
-        return by_hand(jax.lax.pcast(params, "env", to="varying"), batch)
+        own = jax.tree.map(lambda leaf: vary(leaf, ("env",)), params)
+        return by_hand(own, batch)
 
     def run(local, **settings):
         specs = (P(), P("env"))
@@ -342,7 +344,9 @@ def test_gradients_that_shard_map_has_summed_over_devices_are_refused(
             local, mesh=mesh, in_specs=specs, out_specs=P(), **settings
         )(params, batch)
 
-    message = r"\['b'\] are the same on all devices of the axis 'env'.*pcast\(params"
+    message = (
+        r"\['b'\] are the same on all devices of the axis 'env'.*(pcast|pvary)\(params"
+    )
     with pytest.raises(ValueError, match=message):
         run(by_hand)
     # Without types nothing is summed, and nothing has to be said.
@@ -355,11 +359,11 @@ def test_gradients_that_vary_over_one_of_two_axes_are_refused(params, batch):
     )
 
     def local(params, batch):
-        own = jax.lax.pcast(params, "a", to="varying")
+        own = jax.tree.map(lambda leaf: vary(leaf, ("a",)), params)
         grads = jax.vmap(jax.grad(loss_fn), (None, 0))(own, batch)
         return hardvary.agreement(grads, axis_name=("a", "b"))
 
-    with pytest.raises(ValueError, match=r"axis 'b'.*pcast\(params, \('b',\)"):
+    with pytest.raises(ValueError, match=r"axis 'b'.*(pcast|pvary)\(params, \('b',\)"):
         jax.shard_map(local, mesh=mesh, in_specs=(P(), P(("a", "b"))), out_specs=P())(
             params, batch
         )

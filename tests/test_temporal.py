@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 import hardvary
 from tests._asserts import assert_like_params, assert_trees_close, assert_trees_equal
+from tests._compat import enable_x64
 from tests._inputs import make_params
 
 STEPS = 100
@@ -113,7 +114,7 @@ def test_temporal_and_mask_adam_over_100_steps_matches_algorithm_1(name):
     assert opened.any()
 
     # float64: the average must not fall on the other side of the threshold.
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx = hardvary.temporal_and_mask_adam(0.01, **dataclasses.asdict(setting))
         actual, _ = train(tx, jnp.asarray(theta), jnp.asarray(grads))
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
@@ -125,7 +126,7 @@ def test_temporal_and_mask_adam_with_a_schedule_matches_algorithm_1():
     theta = np.linspace(-1, 1, 12)
     setting = Setting(weight_decay=0.1)
     expected, _ = algorithm_1(theta, grads, lambda step: 0.1 / (1 + step), setting)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx = hardvary.temporal_and_mask_adam(
             lambda count: 0.1 / (1 + count.astype(jnp.float64)), weight_decay=0.1
         )
@@ -186,7 +187,7 @@ ADAMW_OPTIONS = {
 def test_temporal_and_mask_adam_threshold_zero_is_adamw_to_the_bit(name, dtype):
     options = {"learning_rate": 0.01, "weight_decay": 0.0} | ADAMW_OPTIONS[name]
     masked = hardvary.temporal_and_mask_adam(threshold=0.0, **options)
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         (state, *rest), (plain, *others) = assert_same_updates(
             masked, optax.adamw(**options), jit=True, dtype=dtype
         )
@@ -433,7 +434,7 @@ def test_scheduled_threshold_matches_algorithm_1():
     theta = np.linspace(-1, 1, 12)
     setting = Setting(threshold=lambda step: np.minimum(step / 50, 0.8), b3=0.75)
     expected, opened = algorithm_1(theta, grads, lambda _: 0.01, setting)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx = hardvary.temporal_and_mask_adam(
             0.01,
             b3=0.75,
@@ -659,7 +660,7 @@ def test_zero_gradients_give_zero_and_with_eps_zero_what_optax_gives(correct):
 def test_state_keeps_its_dtypes_whatever_the_dtype_of_the_rest(make):
     # NumPy scalars and float64 gradients are strongly typed under x64.
     for x64 in (False, True):
-        with jax.enable_x64(x64):
+        with enable_x64(x64):
             params = np.ones(3, np.float32)
             tx = make(np.float64(0.0), np.float64(0.5))
             state = tx.init(params)

@@ -109,7 +109,8 @@ class LinearSettings:
     steps: int = 500
     """Steps on all examples; the learning rate falls to 0 as a cosine."""
     damping: float = 1e-6
-    """Of the whitening, relative to the mean eigenvalue of the inputs' moment."""
+    """Damping of methods that whiten: a share of the mean eigenvalue of the inputs'
+    second moment."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "examples")
@@ -217,7 +218,8 @@ class SpiralsSettings:
     batch_size: int = 128
     """Examples per step from each environment."""
     damping: float = 1e-3
-    """Of the whitening, relative to the mean eigenvalue of a layer's inputs' moment."""
+    """Damping of methods that whiten: a share of the mean eigenvalue of the second
+    moment of a layer's inputs."""
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -310,7 +312,8 @@ class ImagesSettings:
     """
 
     dataset: DatasetName = "fashion_mnist"
-    """fashion_mnist, mnist, or generated: tiny images for tests."""
+    """fashion_mnist, mnist, or generated: tiny images for tests. Colours are added, so
+    cifar10 is refused."""
     num_envs: int = 8
     """Training environments."""
     examples_per_env: int = 512
@@ -324,7 +327,8 @@ class ImagesSettings:
     batch_size: int = 32
     """Examples per step from each environment."""
     damping: float = 1e-3
-    """Of the whitening, relative to the mean eigenvalue of a layer's inputs' moment."""
+    """Damping of methods that whiten: a share of the mean eigenvalue of the second
+    moment of a layer's inputs."""
 
     def __post_init__(self) -> None:
         kinds = get_args(DatasetName)
@@ -365,7 +369,9 @@ class ImagesConfig(ImagesSettings):
 
     by_problem: ClassVar[bool] = True
     problems: tuple[ImagesProblem, ...] = IMAGES
-    """The shifts."""
+    """The shifts: own_shortcut, a pattern of each environment's own for either class;
+    coloured_labels, colours beside labels of which a quarter is wrong; rotated, by
+    another angle in each; mixed_labels, 0 to 40 % wrong ones."""
     methods: tuple[MethodName, ...] = IMAGES_METHODS
     """The methods."""
     seeds: tuple[int, int] = (0, 4)
@@ -393,7 +399,10 @@ class ImagesChooseConfig(ImagesSettings):
 
     by_problem: ClassVar[bool] = True
     problems: tuple[ImagesProblem, ...] = IMAGES
-    """The shifts, each with a choice of its own."""
+    """The shifts, each with a choice of its own: own_shortcut, a pattern of each
+    environment's own for either class;
+    coloured_labels, colours beside labels of which a quarter is wrong; rotated, by
+    another angle in each; mixed_labels, 0 to 40 % wrong ones."""
     methods: tuple[MethodName, ...] = IMAGES_METHODS
     """The methods."""
     learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
@@ -420,7 +429,9 @@ class ImagesLookConfig(ImagesSettings):
     """A look at the gradients of averaging on each shift, layer by layer."""
 
     problems: tuple[ImagesProblem, ...] = IMAGES
-    """The shifts."""
+    """The shifts: own_shortcut, a pattern of each environment's own for either class;
+    coloured_labels, colours beside labels of which a quarter is wrong; rotated, by
+    another angle in each; mixed_labels, 0 to 40 % wrong ones."""
     epochs: int = 2
     """Passes over the training data before the second look; the first is at initial
     weights."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _validate, sharding
+from hardvary import _compat, _validate, sharding
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.env_grad import EnvGrad
 from hardvary._env_grads.grad_stats import GradStats
@@ -252,8 +252,7 @@ def _check_spread(grads: PyTree, name: str, axis_name: AxisName | None) -> None:
                 f"same on all devices of the axis {', '.join(map(repr, axes))}, over "
                 "which axis_name says that environments are spread: shard_map sums "
                 "gradients of replicated parameters over devices; stack those of "
-                f"pcast(params, {axes}, to='varying') of jax.lax, or use per_env_grad, "
-                "which does"
+                f"{_compat.vary_call('params', axes)}, or use per_env_grad, which does"
             )
 
 

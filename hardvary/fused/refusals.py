@@ -1,12 +1,15 @@
 """What the fused oracle says of a loss that it cannot take apart."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 
 from hardvary._typing import PyTree
+from hardvary.fused.equations import consts_of, open_jaxpr
 
 # Faults of the machine or found by a debugger, not of the program.
 _OF_RUNNING = (jax.errors.JaxRuntimeError, FloatingPointError, MemoryError)
@@ -82,31 +85,43 @@ def naming_the_way_out(
                 natural = own
                 continue
             traced = True
-            if not _leaks(error) or _lowers(function, params, batch):
+            if not _leaks(error) or not _holds_tracers(function, params, batch):
                 raise ValueError(f"{refusal}. {way} it") from error
         if traced:
             raise ValueError(refusal) from error
         raise natural from None
 
 
-def _leaks(error: Exception) -> bool:
+def _leaks(error: BaseException | None) -> bool:
     """Whether a function of the user's has used a value from outside of it."""
-    return isinstance(error, jax.errors.UnexpectedTracerError)
+    if error is None or isinstance(error, jax.errors.UnexpectedTracerError):
+        return error is not None
+    # A constant of a branch or a body. jax 0.7 raises another error behind it.
+    constant = r"(?s)constant handler.*Tracer|Tracer.*valid JAX type"
+    return bool(re.search(constant, str(error))) or _leaks(error.__context__)
 
 
-def _lowers(function: Callable[..., Any], params: PyTree, batch: PyTree) -> bool:
-    """Whether `function` can be compiled: tracing alone may hand on what has leaked."""
+def _holds_tracers(function: Callable[..., Any], params: PyTree, batch: PyTree) -> bool:
+    """Whether a program would fail when it runs: tracing it hands on what has leaked.
+
+    A value that is bound only here looks the same; then nothing is promised.
+    """
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         aval = jax.typeof(leaf)
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
-    try:
-        jax.jit(function).lower(*jax.tree.map(shape, (params, batch)))
-    except Exception:
-        # It may also be for what is bound only here; then nothing is promised.
-        return False
-    return True
+    program = jax.make_jaxpr(function)(*jax.tree.map(shape, (params, batch)))
+    return any(isinstance(const, jax.core.Tracer) for const in _constants(program))
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """Those of a jaxpr and of the jaxprs in its equations."""
+    yield from consts_of(jaxpr)
+    for eqn in open_jaxpr(jaxpr).eqns:
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr):
+                yield from _constants(value)
 
 
 def _cause(error: Exception) -> str:

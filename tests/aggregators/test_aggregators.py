@@ -9,6 +9,7 @@ import pytest
 
 import hardvary
 from tests._asserts import assert_trees_equal
+from tests._compat import enable_x64
 from tests._inputs import (
     AGGREGATORS,
     PLAIN_AGGREGATORS,
@@ -200,7 +201,7 @@ def test_and_mask_env_weights_of_any_real_type_weigh(make):
 
 
 def test_and_mask_float64_weights_are_used_in_full():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         grads = jnp.ones((3, 2), jnp.float64)
         weights = jnp.full(3, 0.1, jnp.float64)
         updates, _ = aggregate(hardvary.and_mask(1.0), grads, env_weights=weights)

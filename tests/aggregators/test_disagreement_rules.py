@@ -10,6 +10,7 @@ import pytest
 
 import hardvary
 from tests._asserts import assert_trees_close
+from tests._compat import enable_x64
 from tests.zoo import compile_quickly
 
 WEIGHTS = {"equal": np.ones(6), "weighted": np.array([1.0, 2.0, 0.0, 0.5, 1.0, 3.0])}
@@ -100,7 +101,7 @@ def test_update_equals_the_definition(name, settings, weights):
     expected = RULES[name][1](
         rows, weights / weights.sum(), losses, baselines, **settings
     )
-    with jax.enable_x64(True):
+    with enable_x64(True):
         update, _ = jitted(name, **settings)(
             rows, losses, baselines, env_weights=jnp.asarray(weights)
         )
@@ -117,7 +118,7 @@ def test_rotations_and_orders_of_environments_change_nothing_else(name):
     rows, *losses = draw(seed=1)
     rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(9, 9)))[0]
     order = np.array([3, 0, 5, 1, 4, 2])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         update, _ = jitted(name)(rows, *losses)
         turned, _ = jitted(name)(rows @ rotation, *losses)
         permuted, _ = jitted(name)(rows[order], *(x[order] for x in losses))
@@ -307,7 +308,7 @@ def test_disagreement_is_the_principal_axes_of_gradients_around_their_mean(weigh
     shares = weights / weights.sum()
     for given, own in ((None, rows), (losses, rows / losses[:, None])):
         mean, directions, values = axes(own, shares)
-        with jax.enable_x64(True):
+        with enable_x64(True):
             found = hardvary.disagreement(
                 jnp.asarray(rows), env_losses=given, env_weights=jnp.asarray(weights)
             )

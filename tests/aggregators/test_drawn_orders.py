@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import hardvary
+from tests._compat import enable_x64
 
 # Every pair conflicts, at cosines of its own.
 GRADS = np.array(
@@ -179,7 +180,7 @@ def test_grad_vac_takes_float64_and_gradients_of_one_trace():
 
     batch = GRADS[:, None, :]
     for dtype in (np.float32, np.float64):
-        with jax.enable_x64(dtype == np.float64):
+        with enable_x64(dtype == np.float64):
             params, data = jnp.ones(4, dtype), jnp.asarray(batch, dtype)
             tx = grad_vac(0)
 

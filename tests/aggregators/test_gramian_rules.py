@@ -12,6 +12,7 @@ from scipy import optimize
 import hardvary
 from hardvary.aggregators import quadratic
 from tests._asserts import assert_trees_close
+from tests._compat import enable_x64
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "torchjd.npz")
 RULES = {
@@ -76,7 +77,7 @@ def test_rule_gives_what_torchjd_gives(rule):
         return
     names = [k.split(":")[1] for k in GOLDEN.files if k.startswith(f"{rule}:")]
     assert names
-    with jax.enable_x64(True):
+    with enable_x64(True):
         run = jitted(rule)
         for name in names:
             matrix, expected = GOLDEN[f"matrix:{name}"], GOLDEN[f"{rule}:{name}"]
@@ -172,7 +173,7 @@ def test_cagrad_of_dependent_gradients_stays_in_its_ball_and_is_best(kind, seed)
         ).fun
         for start in starts
     )
-    with jax.enable_x64(True):
+    with enable_x64(True):
         update = np.asarray(jitted("cagrad")(jnp.asarray(matrix)))
     assert np.linalg.norm(update - mean) <= radius * (1 + 1e-9)
     assert (matrix @ update).min() >= least - 1e-8 * scale
@@ -190,7 +191,7 @@ def test_cagrad_where_no_direction_helps_all_is_nearest_to_the_mean():
 def test_rules_of_dependent_gradients_equal_least_squares(kind, seed):
     matrix = deficient(kind, seed)
     unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         shortest, of_all, of_mean = (
             np.asarray(jitted(name)(jnp.asarray(matrix)))
             for name in ("mgda", "upgrad", "dualproj")
@@ -209,7 +210,7 @@ def test_rules_of_dependent_gradients_equal_least_squares(kind, seed):
 def test_fairgrad_of_lengths_far_apart_is_precise_in_every_direction(alpha):
     lengths = 10.0 ** np.arange(-4, 4)
     rotation = np.linalg.qr(np.asarray(draw(8, 8), np.float64))[0]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         matrix = jnp.asarray(lengths[:, None] * rotation)
         update = np.asarray(tuned(hardvary.fairgrad)(alpha, matrix))
     # Of orthogonal gradients: w |g|**2 = w ** (-1 / alpha).
@@ -512,7 +513,7 @@ def test_hyperparameters_may_be_schedules_or_traced():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_complementary_ends_where_exchanges_go_round_in_circles(dtype):
     # More vectors than dimensions: exchanges alone never end in most of these.
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         solve = jax.jit(quadratic.complementary)
         eps = np.finfo(dtype).eps
         for seed in range(6):

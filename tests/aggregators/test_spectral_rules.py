@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hardvary
+from tests._compat import enable_x64
 
 RULES = {
     "imtl_g": hardvary.imtl_g,
@@ -112,7 +113,7 @@ def test_imtl_g_of_any_sizes_in_any_order_projects_alike(order, sizes):
 
 
 def test_sizes_apart_in_float64_are_as_precise():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         grads = draw([40, 0, 0, -40], dtype=np.float64)
         found = projections(grads, jitted("imtl_g")(jnp.asarray(grads)))
         np.testing.assert_allclose(found, found[0], rtol=1e-10)

@@ -8,6 +8,7 @@ import pytest
 
 import hardvary
 from tests._asserts import assert_like_params, assert_trees_close, assert_trees_equal
+from tests._compat import enable_x64
 from tests._inputs import make_grads, make_params
 from tests.zoo import compile_quickly
 
@@ -244,7 +245,7 @@ def test_weighting_does_not_depend_on_the_basis():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_weighting_computes_in_float32_or_more(dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         grads, params = (
             make_grads("nested", 4, dtype=dtype),
             make_params("nested", dtype),

@@ -13,6 +13,7 @@ import hardvary
 from hardvary.aggregators.whiten_inputs import inverse_root
 from hardvary.fused import rules
 from tests._asserts import assert_trees_close
+from tests._compat import enable_x64
 from tests.fused._models import build
 from tests.zoo import ZOO, compile_quickly
 
@@ -305,7 +306,7 @@ def test_no_matrix_in_front_changes_what_whitened_rules_train(name):
         every=7,
     )
     tx = optax.chain(rule, optax.sgd(0.003, momentum=0.5))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         plain = trained(tx, *problem(jnp.eye(4)))
         other = trained(tx, *problem(invertible()))
     np.testing.assert_allclose(other, plain, atol=1e-6)
@@ -316,7 +317,7 @@ def test_no_rotation_changes_what_rules_by_inner_products_train(name):
     tx = optax.chain(
         BASIS_FREE[name](), optax.clip_by_global_norm(1.0), optax.sgd(0.05)
     )
-    with jax.enable_x64(True):
+    with enable_x64(True):
         plain = trained(tx, *problem(jnp.eye(4)))
         other = trained(tx, *problem(rotation()))
     np.testing.assert_allclose(other, plain, atol=1e-6)
@@ -324,7 +325,7 @@ def test_no_rotation_changes_what_rules_by_inner_products_train(name):
 
 def test_a_rotation_changes_what_the_elementwise_mask_trains():
     tx = optax.chain(hardvary.and_mask(1.0), optax.sgd(0.05))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         plain = trained(tx, *problem(jnp.eye(4)))
         other = trained(tx, *problem(rotation()))
     assert np.abs(other - plain).max() > 1e-2

@@ -1,10 +1,11 @@
 """Everything here is measured against SciPy and mpmath, in float64."""
 
-import jax
 import pytest
+
+from tests._compat import enable_x64
 
 
 @pytest.fixture(autouse=True, scope="module")
 def wide():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield

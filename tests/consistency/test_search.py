@@ -10,6 +10,7 @@ import pytest
 from hardvary import consistency
 from hardvary.consistency import inconsistency
 from tests._asserts import assert_trees_close
+from tests._compat import enable_x64
 from tests.consistency._matrices import draw
 from tests.test_errors import raises
 
@@ -185,7 +186,7 @@ def test_pairs_are_those_asked_for():
 
 def test_search_of_a_network_in_float32_is_certified():
     key = jax.random.key(0)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         params = {
             "w": 0.5 * jax.random.normal(key, (3, 4)),
             "v": jnp.ones(4, "bfloat16"),

@@ -10,6 +10,7 @@ import pytest
 
 import hardvary
 from tests._asserts import assert_trees_close
+from tests._compat import enable_x64
 from tests.fused._answers import ask, check_answers, signed_weights
 from tests.zoo import compile_quickly
 from tests.zoo.compare import Stacked, by_path
@@ -205,7 +206,7 @@ def test_gradients_of_losses_with_argnums_aux_and_keywords():
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_gradients_of_losses_in_another_precision(dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         params = normal(3).astype(dtype)
         x = normal(NUM_ENVS, 3, dtype=np.float64).astype(dtype)
 

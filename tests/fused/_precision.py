@@ -5,6 +5,8 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
+from tests._compat import enable_x64
+
 # Share of the largest gradient that two routes to it may differ by.
 PRECISIONS = {"float64": 1e-12, "bfloat16": 1e-2, "float16": 2e-3}
 
@@ -12,7 +14,7 @@ PRECISIONS = {"float64": 1e-12, "bfloat16": 1e-2, "float16": 2e-3}
 @contextlib.contextmanager
 def allowed(precision):
     """Where a model of `at` can run: its constants are still float32."""
-    with jax.enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
+    with enable_x64(precision == "float64"), jax.numpy_dtype_promotion("standard"):
         yield
 
 

@@ -321,9 +321,9 @@ def test_program_of_inner_products_does_not_grow_with_the_window(ask):
                 jax.ShapeDtypeStruct((3, 1, window + 1, 2), jnp.float32),
             ).jaxpr
         )[0]
-        for window in (20, 200)
+        for window in (50, 500)
     ]
-    assert abs(numbers[1] - numbers[0]) <= 2 * PIECES
+    assert numbers[0] == numbers[1]
 
 
 # Through the oracle.

@@ -284,7 +284,9 @@ def test_fused_memory_is_that_of_a_plain_step_and_four_times_the_parameters(rows
         base = temporary_bytes(plain, params, x)
         excess[num_envs] = temporary_bytes(fused, params, x) - base
         assert excess[num_envs] <= 4 * num_params
-        assert temporary_bytes(stacked, params, x) - base > 4 * num_params
+        # Outer products, of one row, jax 0.7 makes where they are added up.
+        if rows > 1:
+            assert temporary_bytes(stacked, params, x) - base > 4 * num_params
     # Nor does it grow with environments by more than their activations do.
     assert excess[64] - excess[16] <= 48 * rows * 256 * 4 * 3
 

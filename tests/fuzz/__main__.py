@@ -22,15 +22,20 @@ REPORT_EVERY = 100
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--programs", type=int, default=100, help="how many")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the first program; the next is one more"
+        "--programs", type=int, default=100, help="how many (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first program (%(default)s); the next is one more",
     )
     parser.add_argument(
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("build/fuzz"),
-        help="folder for programs that fail",
+        help="folder for programs that fail (%(default)s)",
     )
     parser.add_argument(
         "--replay", type=pathlib.Path, help="a file of that folder, to run again"

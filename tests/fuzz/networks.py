@@ -416,7 +416,13 @@ def filtered(build):
 
 def sorted_bias(build):
     b = build.param(build.features)
-    build.add("sorted_bias", lambda p, x: x + jnp.broadcast_to(jnp.sort(p[b]), x.shape))
+
+    def layer(p, x):
+        # jax 0.7 cannot differentiate a sort of nothing.
+        in_order = jnp.sort(p[b]) if p[b].size else p[b]
+        return x + jnp.broadcast_to(in_order, x.shape)
+
+    build.add("sorted_bias", layer)
 
 
 def gated(build):

@@ -121,9 +121,15 @@ def write(results, out):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tests.models", description=__doc__)
     parser.add_argument("names", nargs="*", help="FAMILY or FAMILY.NAME; without, all")
-    parser.add_argument("--workers", type=int, default=1, help="families at a time")
-    parser.add_argument("--timeout", type=int, default=900, help="seconds for each")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="families at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=int, default=900, help="seconds for each (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of results (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     keep = functools.partial(write, out=options.out)
     results = run(chosen(options.names), options.workers, options.timeout, keep)

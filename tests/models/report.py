@@ -1,5 +1,7 @@
 """What was found, as rows of a table: on the screen and in models.csv."""
 
+import itertools
+
 from experiments.common.tables import format_rows
 from tests.models.table import FAMILIES
 
@@ -33,3 +35,16 @@ def shares(rules):
 def text_table(results):
     columns = {column: (column, _WIDTHS[column]) for column in COLUMNS}
     return format_rows(columns, [row_of(found) for found in results])
+
+
+def page_table(results):
+    """The table of docs/results/models.md, a group of rows for each family."""
+    columns = ("model", "outcome", "rules", "stacked because")
+    if any(found["detail"] for found in results):
+        columns = (*columns, "detail")
+    lines = [columns, ["---"] * len(columns)]
+    for _, group in itertools.groupby(results, key=lambda found: found["family"]):
+        rows = [row_of(found) for found in group]
+        lines.append([f"**{rows[0]['packages']}**", *[""] * (len(columns) - 1)])
+        lines += [[row[column] for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

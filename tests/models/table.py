@@ -163,7 +163,9 @@ FAMILIES = {
         {
             "masked_autoregressive": Architecture("masked autoregressive flow"),
             "coupling_with_splines": Architecture("neural spline flow"),
-            "block_neural_autoregressive": Architecture("block neural flow"),
+            "block_neural_autoregressive": Architecture(
+                "block neural flow", double=True
+            ),
             "block_neural_autoregressive_inverted": Architecture(
                 "block neural flow, inverted by bisection"
             ),
@@ -175,7 +177,7 @@ FAMILIES = {
         ("distrax", "surjectors"),
         {
             "distrax_spline_coupling": Architecture("Distrax: spline couplings"),
-            "distrax_hidden_markov_model": Architecture("Distrax: HMM"),
+            "distrax_hidden_markov_model": Architecture("Distrax: HMM", double=True),
             "surjective_flow": Architecture("Surjectors: coupling and funnel"),
         },
     ),
@@ -196,7 +198,7 @@ FAMILIES = {
             "u_net_of_a_pde": Architecture("PDEquinox: U-Net"),
             "kolmogorov_arnold": Architecture("jaxKAN: KAN"),
             "behler_parrinello_potential": Architecture(
-                "JAX MD: Behler-Parrinello, energy and forces"
+                "JAX MD: Behler-Parrinello, energy and forces", double=True
             ),
             "kalman_filter": Architecture("Dynamax: Kalman filter"),
             "sinkhorn_divergence_of_a_map": Architecture("OTT: Sinkhorn divergence"),

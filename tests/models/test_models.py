@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from tests.models import __main__ as command
-from tests.models import check
+from tests.models import check, report
 from tests.models.table import FAMILIES
 
 HERE = pathlib.Path(__file__).parent
+DOCS = HERE.parents[1] / "docs" / "results"
 
 
 def test_examine_a_model_of_a_released_package_is_equal():
@@ -78,3 +79,15 @@ def test_command_goes_on_behind_a_model_that_ends_its_process(monkeypatch, tmp_p
 def test_command_refuses_an_unknown_name():
     with pytest.raises(SystemExit, match=r"unknown: flax_nn\.lstm; families: "):
         command.main(["flax_nn.lstm"])
+
+
+def test_kept_results_are_of_all_models_and_right_and_on_the_page():
+    results = json.loads((DOCS / "models.json").read_text())["results"]
+    found = [(result["family"], result["name"]) for result in results]
+    assert found == command.chosen(())
+    assert {result["outcome"] for result in results} <= set(command.GOOD)
+    with open(DOCS / "models.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [report.row_of(r) for r in results]
+    page = (DOCS / "models.md").read_text()
+    assert report.page_table(results) in page
+    assert f"all {len(results)} architectures" in page

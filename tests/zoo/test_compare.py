@@ -72,6 +72,45 @@ def test_comparison_of_statistics_rejects_what_is_off_or_nan(field, wrong):
         assert_stats_match(fields, params, stacked, ENV_WEIGHTS)
 
 
+def votes_where_gradients_are_zero(loss_fn, params, batch):
+    """Compares statistics in which zeros are votes, as rounding would cast them."""
+    stacked = Stacked(loss_fn, params, batch)
+    weights = np.ones(len(stacked.losses))
+    fields = fields_of(stacked, weights)
+    assert_stats_match(fields, params, stacked)
+    zero = {path: grad == 0 for path, grad in stacked.grads.items()}
+    assert any(every.any() for every in zero.values())
+    for path, every in zero.items():
+        fields[path]["nonzero_sum"] += every.sum(0)
+        fields[path]["sign_sum"] -= every.sum(0)
+    assert_stats_match(fields, params, stacked)
+
+
+def test_comparison_accepts_votes_of_gradients_that_cancel():
+    def loss_fn(params, x):
+        # Each is divided by its own norm: nothing is left but its sign.
+        signs = params["w"] / jnp.sqrt(params["w"] * params["w"])
+        return jnp.vdot(signs, x) + 100 * jnp.vdot(params["v"], x)
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+    w, v = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    votes_where_gradients_are_zero(loss_fn, {"w": w, "v": v}, x)
+
+
+@pytest.mark.parametrize("kind", ["masked", "dead", "absent"])
+def test_comparison_rejects_votes_of_gradients_that_the_model_has_not(kind):
+    def loss_fn(params, x):
+        masked = params * jnp.float32([0, 0, 1, 1, 1]) if kind == "masked" else params
+        dead = jax.nn.relu(masked + 3 * jnp.sign(x)) if kind == "dead" else masked
+        used = dead[:3] if kind == "absent" else dead
+        return jnp.vdot(used, x[: len(used)])
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
+    with pytest.raises(AssertionError, match="off by"):
+        votes_where_gradients_are_zero(loss_fn, jnp.ones(5), x)
+
+
 @pytest.mark.parametrize("wrong", [lambda x: x * 1.001, lambda x: x * np.nan])
 @pytest.mark.parametrize(
     ("answer", "check"),

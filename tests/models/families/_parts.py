@@ -90,6 +90,7 @@ def flax_nnx(rng, module, call, batch, scale=0.1):
     graph, params, rest = nnx.split(module, nnx.Param, ...)
 
     def predict(params, x):
-        return call(nnx.merge(graph, params, rest), x)
+        # NNX refuses to change variables that are from outside of a trace.
+        return call(nnx.merge(graph, params, rest, copy=True), x)
 
     return case(rng, predict, stir(rng, params, scale), batch)

@@ -39,8 +39,9 @@ def conv_next(rng):
 
 def mobilenet_v3(rng):
     def make(key):
-        layers = [[4, 8, 3, 2, True, "relu"], [6, 12, 5, 1, True, "hard_swish"]]
-        return mobilenet.MobileNetv3(3, layers, last_channels=8, num_classes=3, key=key)
+        # Three channels in a group of GroupNorm: of one alone, pooling leaves the bias.
+        layers = [[6, 12, 3, 2, True, "relu"], [6, 12, 5, 1, True, "hard_swish"]]
+        return mobilenet.MobileNetv3(3, layers, last_channels=6, num_classes=3, key=key)
 
     return _vision(rng, make, 3, 16)
 

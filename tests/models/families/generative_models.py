@@ -53,7 +53,11 @@ def surjective_flow(rng):
 
         def bijector(params):
             shift, log_scale = jnp.split(params, 2, -1)
-            return surjectors.ScalarAffine(shift, log_scale)
+            return surjectors.ScalarAffine(shift, jnp.exp(log_scale))
+
+        def decoder(z):
+            mean, log_std = jnp.split(make_mlp((8, 2))(z), 2, -1)
+            return distrax.Independent(distrax.Normal(mean, jnp.exp(log_std)), 1)
 
         flow = surjectors.Chain(
             [
@@ -61,9 +65,7 @@ def surjective_flow(rng):
                     jnp.arange(4) % 2 == 0, conditioner(8), bijector_fn=bijector
                 ),
                 surjectors.AffineMaskedAutoregressiveInferenceFunnel(
-                    3,
-                    distrax.Independent(distrax.Normal(jnp.zeros(1), 1.0), 1),
-                    MADE(3, (8,), 2),
+                    3, decoder, MADE(3, (8,), 2)
                 ),
             ]
         )

@@ -41,17 +41,13 @@ def kolmogorov_arnold(rng):
 
 def behler_parrinello_potential(rng):
     displacement, _ = jax_md.space.free()
-    init, energy = jax_md.energy.behler_parrinello(
-        displacement, key=KEY, mlp_sizes=(6,)
-    )
-    batch = 2 * inputs(rng, 5, 3)
-    params = init(KEY, batch[0])
+    energy = jax_md.energy.behler_parrinello(displacement, key=KEY, mlp_sizes=(6,))
 
-    def predict(params, positions):
-        value, slopes = jax.value_and_grad(energy, 1)(params, positions)
+    def call(model, positions):
+        value, slopes = jax.value_and_grad(model)(positions)
         return value[None], slopes
 
-    return case(rng, predict, stir(rng, params), batch)
+    return flax_nnx(rng, energy.model, call, 2 * inputs(rng, 5, 3))
 
 
 def kalman_filter(rng):
