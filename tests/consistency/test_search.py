@@ -30,6 +30,7 @@ def search(size, **options):
     return jax.jit(run)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("condition", [10.0, 1e3, 1e5])
 @pytest.mark.parametrize(("size", "number"), [(2, 3), (6, 3), (20, 2)])
 def test_score_found_for_quadratics_is_at_most_and_nearly_the_exact_one(
