@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import pathlib
 
 import hypothesis
@@ -21,6 +22,11 @@ EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 
 # Before anything uses a device: the number is fixed by then.
 jax.config.update("jax_num_cpu_devices", 8)
+# Whole stacks of calls in the programs, which nothing here reads.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
+# What JAX caches stays: looking it through as often as Python would is a twentieth of
+# what the tests cost.
+gc.set_threshold(50_000, 20, 50)
 
 # The same examples in every run, and no database directory left behind.
 hypothesis.settings.register_profile(
@@ -64,6 +70,29 @@ def quick_compilation():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", quickly)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_executable_of_equal_programs():
+    """Compiles a program once in a file, whichever of its functions it comes from.
+
+    JAX looks every program up in its cache on disk, options and devices in the key,
+    and none is set up here: this one is in memory, and ends with the file. It has no
+    programs that call back: such a call belongs to one function.
+    """
+    executables = {}
+
+    def read(name, key, options, backend, devices, host_callbacks=()):
+        return (None if host_callbacks else executables.get(key)), 0
+
+    def write(key, seconds, name, backend, executable, host_callbacks=()):
+        if not host_callbacks:
+            executables[key] = executable
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_cache_read", read)
+        patch.setattr(compiler, "_cache_write", write)
         yield
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -74,7 +75,11 @@ def command_environment(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="package")
 def quick_workers(command_environment):
-    """Processes that a command starts have that environment."""
+    """Processes that a command starts have that environment.
+
+    And this one not: XLA reads its flags once, when it is first used.
+    """
+    jax.devices()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in command_environment.items():
             patch.setenv(name, value)

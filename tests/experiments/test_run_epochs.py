@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.common.checkpoints import Checkpoints
-from experiments.common.run_dir import RunDirError
+from experiments.common.run_dir import RunDir, RunDirError
 from experiments.common.training import Interrupted, run_epochs
-from tests.experiments.conftest import toy_epoch, toy_state
+from tests.experiments.conftest import ToyConfig, toy_epoch, toy_state
 
 EPOCHS = 9
 
@@ -23,12 +23,9 @@ def train(open_run, epoch_fn=toy_epoch, epochs=EPOCHS, every=2, done=None):
         return run.path, state, history
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """metrics.csv of an undisturbed run."""
-    from experiments.common.run_dir import RunDir
-    from tests.experiments.conftest import ToyConfig
-
     with RunDir(tmp_path_factory.mktemp("expected") / "run", "toy", ToyConfig()) as run:
         run_epochs(run, toy_epoch, toy_state(), EPOCHS, checkpoint_every=2)
         return (run.path / "metrics.csv").read_bytes()
