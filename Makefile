@@ -66,7 +66,7 @@ $(GAME_READY): requirements-coinrun.txt $(READY)
 	@touch $@
 
 demo: $(DEMO_READY)  ## Train with plain averaging and with the AND-mask; draw the figure.
-	$(RUN) -m experiments.synthetic compare --fitted-epochs 10 --out runs/demo
+	$(RUN) -m experiments.synthetic compare --fitted-epochs 20 --out runs/demo
 
 test: lint  ## Lint, check types, run all tests.
 	$(RUN) -m pytest -n 2 --dist worksteal
