@@ -464,3 +464,49 @@ def equations_of(jaxpr):
     for inner in subjaxprs(jaxpr):
         found += equations_of(inner)
     return found
+
+
+# In loops.
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("loops", [1, 2])
+def test_kernel_of_a_loop_meets_all_of_its_steps(loops, groups):
+    x, kernel = inputs((4, 5), (3, 2), groups, 2, 2 * groups, features_last=False)
+    steps = jnp.stack([x, 0.5 * x[::-1], 2 * x])
+
+    def step(carry, row):
+        out = convolve(row, carry[0], (2, 1), "SAME", False, feature_group_count=groups)
+        return carry, jnp.sum(jnp.tanh(out))
+
+    def loss(kernel, x):
+        run = functools.partial(lax.scan, step, (kernel,))
+        if loops == 2:
+            return jnp.sum(lax.scan(lambda c, row: (c, run(row)[1]), 0.0, x[None])[1])
+        return jnp.sum(run(x)[1])
+
+    assert_equals_stacked(loss, kernel, jnp.stack([steps, 2 * steps[::-1], -steps]))
+
+
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_convolution_in_groups_keeps_absent_environments_apart(in_a_loop):
+    x, kernel = inputs((6,), (3,), 2, 2, 4, features_last=True)
+    x = jnp.stack([x, 2 * x, -x])[:, None]
+
+    def loss(kernel, x):
+        def one(carry, row):
+            out = convolve(row, kernel, (1,), "SAME", feature_group_count=2)
+            return carry, jnp.sum(jnp.tanh(out))
+
+        return jnp.sum(lax.scan(one, 0.0, x)[1]) if in_a_loop else one(0.0, x[0])[1]
+
+    weights = jnp.array([1.0, 0.0, 2.0])
+
+    @compile_quickly
+    def ask(kernel, x):
+        _, grad = hardvary.value_and_env_grads(loss)(kernel, x, env_weights=weights)
+        return grad.mean(), grad.stats().sign_sum, grad.norms()[::2]
+
+    whole, broken = ask(kernel, x), ask(kernel, x.at[1, 0, 0, 2].set(jnp.nan))
+    for leaf, other in zip(whole, broken, strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-6)

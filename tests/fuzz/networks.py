@@ -256,6 +256,8 @@ def scalar(build):
 
 def table(build):
     # Rows of a table, chosen by the activations: the index has no gradient.
+    if not build.features:  # nothing to choose by
+        return
     t = build.param(3, build.features)
 
     def layer(p, x):

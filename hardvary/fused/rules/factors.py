@@ -93,7 +93,9 @@ def factors_of(program: Program, use: Use, num_envs: int) -> Factors | None:
     takes = {"dot_general": DotGeneral, "conv_general_dilated": Convolution}
     if use.primitive not in takes or use.side < 0 or not is_real(use):
         return None
-    if use.primitive == "conv_general_dilated" and not convolution.applies(use):
+    if use.primitive == "conv_general_dilated" and (
+        use.steps or not convolution.applies(use)
+    ):
         return None
     if len(use.operands) != 1 or not layout.is_rearranged(program, use.operands[0]):
         return None
