@@ -298,7 +298,7 @@ def convolution(build):
         return
     rank = len(build.shape) - 2
     pick = build.pick
-    groups = pick([1, 1, build.features])
+    groups = pick([1, 1, max(build.features, 1)])
     size = tuple(pick(range(1, 4)) for _ in range(rank))
     dilation = tuple(pick(range(1, 3)) for _ in range(rank))
     padding = [(pick(range(2)) + s * d, s) for s, d in zip(size, dilation, strict=True)]
@@ -446,9 +446,8 @@ def without_inputs(build):
 def pooled(build):
     # The largest of every two rows.
     if build.shape[0] % 2 == 0 and build.shape[0]:
-        build.add(
-            "pooled", lambda p, x: jnp.max(x.reshape(-1, 2, *x.shape[1:]), axis=1)
-        )
+        half = (build.shape[0] // 2, 2, *build.shape[1:])
+        build.add("pooled", lambda p, x: jnp.max(x.reshape(half), axis=1))
 
 
 def patches(build):
