@@ -1,5 +1,6 @@
 """Shared by the tests of the experiments: the command line, in and out of process."""
 
+import csv
 import dataclasses
 import os
 import pathlib
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.common.cli import main
 from experiments.common.run_dir import RunDir
+from experiments.shifts.__main__ import COMMANDS
 from tests.conftest import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,6 +37,16 @@ def only_error(printed):
     (error,) = [line for line in lines if not line.startswith("note: --preset smoke")]
     assert error.startswith("error: ")
     return error
+
+
+def read_csv(file):
+    """The rows of a file, each as its cells by column."""
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def shifts(*arguments):
+    """Runs a command of the shifts in this process; returns its exit code."""
+    return main("python -m experiments.shifts", COMMANDS, list(map(str, arguments)))
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The expert: its training and resumption, its file, its evaluation."""
 
-import csv
 import dataclasses
 import functools
-import io
 import json
 import signal
 import subprocess
@@ -58,7 +56,7 @@ from experiments.common.cli import main
 from experiments.common.settings import load_settings
 from tests._asserts import assert_trees_equal
 from tests.experiments._game import needs_game
-from tests.experiments.conftest import ROOT
+from tests.experiments.conftest import ROOT, read_csv
 
 SMOKE = EXPERT_PRESETS["smoke"]
 FRAMES = 4 * SMOKE.block_frames
@@ -97,10 +95,6 @@ def undisturbed(start, tmp_path_factory):
     out = finish(start(*LONG, "--out", path))
     assert all(policy in out for policy in POLICIES)
     return path
-
-
-def read_csv(path):
-    return list(csv.DictReader(io.StringIO(path.read_text())))
 
 
 @needs_game

@@ -1,6 +1,5 @@
 """Chosen settings with other seeds: what is trained, the means, and the command."""
 
-import csv
 import dataclasses
 import json
 
@@ -19,6 +18,7 @@ from experiments.coinrun.student.config import (
 from experiments.coinrun.student.rerun import load_selected, summarize, train_configs
 from experiments.common.cli import main
 from experiments.common.run_dir import RunDirError
+from tests.experiments.conftest import read_csv
 
 SMOKE = RERUN_PRESETS["smoke"]
 CHOSEN = {
@@ -52,10 +52,6 @@ def selected(tmp_path_factory):
 def rerun(*arguments):
     arguments = ["rerun", "--preset", "smoke", "--epochs", "1", *map(str, arguments)]
     return main("python -m experiments.coinrun", COMMANDS, arguments)
-
-
-def read_csv(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def test_train_configs_are_the_choice_at_the_shared_size_with_every_seed(selected):

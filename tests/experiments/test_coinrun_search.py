@@ -1,6 +1,5 @@
 """The search over optimizers: draws, trials, the best of them, and the command."""
 
-import csv
 import dataclasses
 import json
 import random
@@ -30,7 +29,7 @@ from experiments.coinrun.student.search import (
 from experiments.common.bootstrap import bootstrap, bootstrap_difference
 from experiments.common.cli import main
 from experiments.common.search import open_study
-from tests.experiments.conftest import ROOT, kill_at_random
+from tests.experiments.conftest import ROOT, kill_at_random, read_csv
 
 SMOKE = SEARCH_PRESETS["smoke"]
 # Trials of one epoch: they are here to be killed, resumed and counted.
@@ -40,10 +39,6 @@ SHORT = ("search", "--preset", "smoke", "--epochs", "1", "--top", "2")
 def coinrun(*arguments):
     arguments = list(map(str, arguments))
     return main("python -m experiments.coinrun", COMMANDS, arguments)
-
-
-def read_csv(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 class RandomTrial:

@@ -1,14 +1,11 @@
 """The commands on the linear unit tests, in seconds."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
 
-from experiments.common.cli import main
 from experiments.shifts import commands
-from experiments.shifts.__main__ import COMMANDS
 from experiments.shifts.commands import (
     choose,
     format_markdown,
@@ -16,16 +13,7 @@ from experiments.shifts.commands import (
     summarize_trials,
 )
 from experiments.shifts.config import LINEAR_PRESETS, LinearConfig
-from tests.experiments.conftest import only_error
-
-
-def shifts(*arguments):
-    """Runs a command in this process; returns its exit code."""
-    return main("python -m experiments.shifts", COMMANDS, list(map(str, arguments)))
-
-
-def read_csv(file):
-    return list(csv.DictReader(file.read_text().splitlines()))
+from tests.experiments.conftest import only_error, read_csv, shifts
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The shifts of real images, their commands, and the look at gradients."""
 
-import csv
 import dataclasses
 import json
 
@@ -9,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common.cli import main
 from experiments.shifts import commands
-from experiments.shifts.__main__ import COMMANDS
 from experiments.shifts.commands import (
     choose,
     evenly,
@@ -29,20 +26,11 @@ from experiments.shifts.config import (
 from experiments.shifts.image_data import CHANNELS, make_data, rotate
 from experiments.shifts.look import of_layer
 from experiments.vision.data import MNIST_MD5, DataError
-from tests.experiments.conftest import only_error
+from tests.experiments.conftest import only_error, read_csv, shifts
 
 SETTINGS = ImagesSettings(
     dataset="generated", num_envs=4, examples_per_env=40, test_examples=50
 )
-
-
-def shifts(*arguments):
-    """Runs a command in this process; returns its exit code."""
-    return main("python -m experiments.shifts", COMMANDS, list(map(str, arguments)))
-
-
-def read_csv(file):
-    return list(csv.DictReader(file.read_text().splitlines()))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """CoinRun's levels as environments: data, batches, training and the commands."""
 
-import csv
 import json
 
 import jax
@@ -20,10 +19,8 @@ from experiments.coinrun.student.resnet import (
     make_train_apply,
 )
 from experiments.coinrun.student.training import constant_kl, kl_divergence
-from experiments.common.cli import main
 from experiments.common.settings import fields_of
 from experiments.shifts import commands
-from experiments.shifts.__main__ import COMMANDS
 from experiments.shifts.levels import (
     IMITATION,
     data_for,
@@ -36,19 +33,10 @@ from experiments.shifts.levels_config import (
     LevelsSettings,
 )
 from experiments.shifts.methods import Setting
-from tests.experiments.conftest import only_error
+from tests.experiments.conftest import only_error, read_csv, shifts
 
 SMOKE = LEVELS_PRESETS["smoke"]
 GENERATED = DATASET_PRESETS["smoke"]
-
-
-def shifts(*arguments):
-    """Runs a command in this process; returns its exit code."""
-    return main("python -m experiments.shifts", COMMANDS, list(map(str, arguments)))
-
-
-def read_csv(file):
-    return list(csv.DictReader(file.read_text().splitlines()))
 
 
 @pytest.fixture(scope="module")

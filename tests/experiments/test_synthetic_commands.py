@@ -1,6 +1,5 @@
 """The commands as a user types them, killed and interrupted for real."""
 
-import csv
 import json
 import os
 import random
@@ -26,7 +25,7 @@ from experiments.synthetic.config import (
 )
 from experiments.synthetic.figures import draw_seeds
 from experiments.synthetic.training import METRICS, fitted
-from tests.experiments.conftest import ROOT
+from tests.experiments.conftest import ROOT, read_csv
 
 # Long enough to be killed in, checkpoints close enough to be killed in one.
 LONG = ("--preset", "smoke", "--epochs", "60", "--checkpoint-every", "2")
@@ -49,10 +48,6 @@ def undisturbed(start, tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(start("train", *LONG, "--out", path))
     return path
-
-
-def read_csv(file):
-    return list(csv.DictReader(file.read_text().splitlines()))
 
 
 def modified(file):

@@ -1,6 +1,5 @@
 """`figure 6|7|14|15`: from training to CSV and PNG, and back from the CSV."""
 
-import csv
 import json
 import shutil
 
@@ -28,6 +27,7 @@ from experiments.synthetic.config import (
     TrainConfig,
 )
 from experiments.synthetic.figures import draw_accuracies, draw_envs
+from tests.experiments.conftest import read_csv
 
 TINY = ("--preset", "smoke")
 
@@ -35,10 +35,6 @@ TINY = ("--preset", "smoke")
 def figure(*arguments):
     command = ["figure", *map(str, arguments)]
     return main("python -m experiments.synthetic", COMMANDS, command)
-
-
-def read_csv(file):
-    return list(csv.DictReader(file.read_text().splitlines()))
 
 
 def assert_redraws_to_the_same_bytes(number, path, out):

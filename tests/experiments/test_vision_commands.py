@@ -1,6 +1,5 @@
 """The commands of the vision experiment, on tiny generated images."""
 
-import csv
 import json
 import math
 
@@ -27,15 +26,12 @@ from experiments.vision.cost import LABELS
 from experiments.vision.cost import summarize as summarize_cost
 from experiments.vision.training import METRICS
 from hardvary import GradStats
+from tests.experiments.conftest import read_csv
 
 
 def vision(*arguments):
     """Runs a command in this process; returns its exit code."""
     return main("python -m experiments.vision", COMMANDS, list(map(str, arguments)))
-
-
-def read_csv(file):
-    return list(csv.DictReader(file.read_text().splitlines()))
 
 
 @pytest.fixture(scope="module")
