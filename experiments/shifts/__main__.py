@@ -9,6 +9,7 @@ from experiments.common.cli import (
     Command,
     FigureOptions,
     Group,
+    RunOptions,
     WorkerOptions,
     later,
     main,
@@ -20,6 +21,7 @@ from experiments.shifts.config import (
     LINEAR_CHOOSE_PRESETS,
     LINEAR_PRESETS,
     SPIRALS_CHOOSE_PRESETS,
+    SPIRALS_LOOK_PRESETS,
     SPIRALS_PRESETS,
     ImagesChooseOptions,
     ImagesLookOptions,
@@ -58,6 +60,12 @@ COMMANDS: dict[str, Command[Any, Any] | Group] = {
         "Methods on the spirals as they are and rotated, with the settings chosen.",
         SPIRALS_PRESETS,
         FigureOptions,
+    ),
+    "spirals-look": later(
+        "experiments.shifts.look:spirals_look",
+        "Where gradients of averaging agree and differ, layer by layer.",
+        SPIRALS_LOOK_PRESETS,
+        RunOptions,
     ),
     "images-choose": later(
         f"{HERE}:images_choose",

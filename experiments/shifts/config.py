@@ -306,6 +306,27 @@ class SpiralsChooseConfig(SpiralsSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class SpiralsLookConfig(SpiralsSettings):
+    """A look at the gradients of averaging on the spirals, layer by layer."""
+
+    problems: tuple[SpiralsProblem, ...] = SPIRALS
+    """The inputs: spirals, as they are; spirals_rotated."""
+    epochs: int = 2
+    """Passes over the training data before the second look; the first is at initial
+    weights."""
+    learning_rate: float = 0.01
+    """Initial learning rate of these passes."""
+    seed: int = 1000
+    """Seed of data and initial weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_problems(self, SpiralsProblem)
+        require_positive(self, "learning_rate")
+        require_seeds(self, "seed")
+
+
+@dataclasses.dataclass(frozen=True)
 class ImagesSettings:
     """Data, network and training; all that a run depends on besides the shift, method,
     its setting and seed.
@@ -607,6 +628,15 @@ SPIRALS_CHOOSE_PRESETS: dict[Preset, SpiralsChooseConfig] = {
     "cpu": SpiralsChooseConfig(),
     "paper": SpiralsChooseConfig(
         **fields_of(SPIRALS_PRESETS["paper"], SpiralsSettings)
+    ),
+}
+SPIRALS_LOOK_PRESETS: dict[Preset, SpiralsLookConfig] = {
+    "smoke": SpiralsLookConfig(
+        **{name: value for name, value in _SMALL.items() if name != "methods"}
+    ),
+    "cpu": SpiralsLookConfig(),
+    "paper": SpiralsLookConfig(
+        **fields_of(SPIRALS_PRESETS["paper"], SpiralsSettings) | {"epochs": 2}
     ),
 }
 _TINY: dict[str, Any] = {

@@ -1,29 +1,32 @@
-"""A look at the environments' gradients on shifts of real images, layer by layer."""
+"""A look at the environments' gradients, layer by layer."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import hardvary
-from experiments.common.cli import Invocation, entered
+from experiments.common.cli import Invocation, RunOptions, entered
 from experiments.common.networks import part_of
 from experiments.common.settings import fields_of
 from experiments.common.tables import format_rows
+from experiments.shifts import images, spirals
 from experiments.shifts.config import (
     ImagesLookConfig,
     ImagesLookOptions,
     ImagesProblem,
     ImagesSettings,
+    SpiralsLookConfig,
+    SpiralsProblem,
+    SpiralsSettings,
 )
 from experiments.shifts.image_data import make_data
-from experiments.shifts.images import LAYERS, RECIPE, network
-from experiments.shifts.methods import METHODS, Setting, Whitening
+from experiments.shifts.methods import METHODS, Recipe, Setting, Whitening
 from experiments.shifts.training import (
     TWO_CLASSES,
     Examples,
@@ -39,23 +42,32 @@ Row = dict[str, Any]
 
 
 def images_look(call: Invocation[ImagesLookConfig, ImagesLookOptions]) -> None:
-    """Where gradients of averaging agree and differ; a table."""
+    """Where gradients of averaging agree and differ on real images; a table."""
     config, options = call.config, call.options
-    path = call.run_path("shifts", f"images-look-{options.preset}")
-    with entered(call, path, "shifts images-look", outputs=(LOOK,)) as run:
+    looks = functools.partial(look_at_images, config, data_dir=options.data_dir)
+    _tabulate(call, "images-look", looks)
+
+
+def spirals_look(call: Invocation[SpiralsLookConfig, RunOptions]) -> None:
+    """Where gradients of averaging agree and differ on the spirals; a table."""
+    looks = functools.partial(look_at_spirals, call.config)
+    _tabulate(call, "spirals-look", looks)
+
+
+def _tabulate(
+    call: Invocation[Any, Any], name: str, looks: Callable[[Any], Iterator[Row]]
+) -> None:
+    path = call.run_path("shifts", f"{name}-{call.options.preset}")
+    with entered(call, path, f"shifts {name}", outputs=(LOOK,)) as run:
         if not run.finished:
-            rows = [
-                row
-                for problem in config.problems
-                for row in look(config, problem, options.data_dir)
-            ]
+            rows = [row for problem in call.config.problems for row in looks(problem)]
             run.write_metrics(rows, LOOK)
             run.finish({"looks": rows})
         print(format_look(run.summary()["looks"]))
         print(f"With the spectra: {run.path / LOOK}")
 
 
-def look(
+def look_at_images(
     config: ImagesLookConfig, problem: ImagesProblem, data_dir: Any = None
 ) -> Iterator[Row]:
     """What one batch of all examples shows, at initial weights and a little later.
@@ -64,14 +76,49 @@ def look(
       For each look and layer what `of_layer` finds.
     """
     settings = ImagesSettings(**fields_of(config, ImagesSettings))
-    data = jax.device_put(make_data(config.seed, problem, settings, data_dir))
-    size = data.train.features.shape[2:4]
-    start, later, of_layers = _make_look(settings, config.learning_rate, size)
+    data = make_data(config.seed, problem, settings, data_dir)
+    networks = images.network(data.train.features.shape[2:4], settings.width)
+    sees = _make_look(networks, images.LAYERS, images.RECIPE, _Training.of(config))
+    return _look(sees, config, problem, jax.device_put(data.train))
+
+
+def look_at_spirals(
+    config: SpiralsLookConfig, problem: SpiralsProblem
+) -> Iterator[Row]:
+    """The same on the spirals, as they are or rotated."""
+    settings = SpiralsSettings(**fields_of(config, SpiralsSettings))
+    train = Examples(*spirals.data_for(settings, problem, config.seed).train)
+    networks = spirals.network_of(settings)
+    layers = tuple(spirals.layers_of(settings))
+    sees = _make_look(networks, layers, spirals.RECIPE, _Training.of(config))
+    return _look(sees, config, problem, train)
+
+
+class _Training(NamedTuple):
+    """What training before the second look depends on."""
+
+    num_envs: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+    @classmethod
+    def of(cls, config: ImagesLookConfig | SpiralsLookConfig) -> _Training:
+        return cls(*(getattr(config, field) for field in cls._fields))
+
+
+def _look(
+    sees: tuple[Any, Any, Any],
+    config: ImagesLookConfig | SpiralsLookConfig,
+    problem: str,
+    train: Examples,
+) -> Iterator[Row]:
+    start, later, of_layers = sees
     model_key, order_key = jax.random.split(jax.random.key(config.seed))
     initial = start(model_key)
-    trained = later(initial, data.train, order_key)
+    trained = later(initial, train, order_key)
     for epochs, params in ((0, initial), (config.epochs, trained)):
-        found = jax.device_get(of_layers(params, data.train))
+        found = jax.device_get(of_layers(params, train))
         for layer, values in found.items():
             yield {"problem": problem, "epochs": epochs, "layer": layer} | {
                 name: float(value) for name, value in values.items()
@@ -80,25 +127,28 @@ def look(
 
 @functools.lru_cache(maxsize=1)
 def _make_look(
-    settings: ImagesSettings, learning_rate: float, size: tuple[int, int]
+    networks: tuple[Any, Any],
+    layers: tuple[str, ...],
+    recipe: Recipe,
+    training: _Training,
 ) -> tuple[Any, Any, Any]:
     """Compiled once for all shifts: initial weights, some epochs of averaging, and what
     the gradients of each layer show.
     """
-    init, apply = network(size, settings.width)
+    init, apply = networks
     loop = make_steps(
         TWO_CLASSES,
         apply,
         METHODS["averaging"],
-        Setting(learning_rate, 0.0),
-        settings.num_envs,
+        Setting(training.learning_rate, 0.0),
+        training.num_envs,
         optax.constant_schedule(1.0),
-        Whitening(settings.damping, decay=0.0, every=1),
-        RECIPE,
+        Whitening(damping=0.0, decay=0.0, every=1),  # averaging has no use for it
+        recipe,
     )
 
     def later(params: Any, train: Examples, key: jax.Array) -> Any:
-        sizes = settings.epochs, settings.batch_size
+        sizes = training.epochs, training.batch_size
         return train_epochs(loop, params, train, key, *sizes)
 
     def env_loss(params: Any, env: Examples) -> jax.Array:
@@ -106,7 +156,7 @@ def _make_look(
 
     def of_layers(params: Any, batch: Examples) -> dict[str, dict[str, jax.Array]]:
         grads = hardvary.env_grads(env_loss)(params, batch)
-        return {layer: of_layer(part_of(grads, f"{layer}/")[0]) for layer in LAYERS}
+        return {layer: of_layer(part_of(grads, f"{layer}/")[0]) for layer in layers}
 
     return jax.jit(init), jax.jit(later), jax.jit(of_layers)
 
@@ -151,7 +201,7 @@ def format_look(rows: Sequence[Row]) -> str:
     columns = {
         "problem": ("problem", "<15"),
         "epochs": ("epochs", ">6g"),
-        "layer": ("layer", "<6"),
+        "layer": ("layer", "<12"),
         "shared": ("shared", ">7.3f"),
         "common": ("common", ">7.3f"),
         "directions": ("directions", ">10g"),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from experiments.common.networks import Params, part_of
+from experiments.common.networks import Params, Variables, part_of
 from experiments.common.settings import fields_of
 from experiments.shifts.config import (
     MethodName,
@@ -61,6 +62,34 @@ def data_for(settings: SpiralsSettings, problem: SpiralsProblem, seed: int) -> D
     return Dataset(*map(turned, dataset))
 
 
+@functools.lru_cache(maxsize=4)
+def network(
+    dims: int, hidden_units: int, hidden_layers: int
+) -> tuple[Callable[[jax.Array], Params], Callable[[Params, jax.Array], jax.Array]]:
+    """What draws initial parameters from a key, and the network as a function."""
+    architecture = Architecture(dims, hidden_units, hidden_layers)
+    apply = make_apply(architecture)
+
+    def init(key: jax.Array) -> Params:
+        return init_variables(key, architecture).params
+
+    def forward(params: Params, features: jax.Array) -> jax.Array:
+        return apply(Variables(params, nnx.State({})), features)
+
+    return init, forward
+
+
+def network_of(settings: SpiralsSettings) -> Any:
+    """The same for the inputs and the size of these settings."""
+    dims = MECHANISM_DIMS + settings.shortcut_dims
+    return network(dims, settings.hidden_units, settings.hidden_layers)
+
+
+def layers_of(settings: SpiralsSettings) -> list[str]:
+    """The layers, by the beginning of their parameters' paths."""
+    return [f"mlp/layers/{index}" for index in range(settings.hidden_layers + 1)]
+
+
 def train(
     config: SpiralsRun, seed: int
 ) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
@@ -80,12 +109,7 @@ def train(
 
 @functools.lru_cache(maxsize=4)
 def _make_run(settings: SpiralsSettings, method: MethodName) -> Any:
-    architecture = Architecture(
-        MECHANISM_DIMS + settings.shortcut_dims,
-        settings.hidden_units,
-        settings.hidden_layers,
-    )
-    forward = make_apply(architecture)
+    init, forward = network_of(settings)
     steps_per_epoch = settings.examples_per_env // settings.batch_size
     schedule = optax.cosine_decay_schedule(1.0, settings.epochs * steps_per_epoch)
     whitening = Whitening(settings.damping, decay=0.95, every=10)
@@ -95,25 +119,20 @@ def _make_run(settings: SpiralsSettings, method: MethodName) -> Any:
         setting: Setting, dataset: Dataset, key: jax.Array
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         model_key, order_key = jax.random.split(key)
-        initial = init_variables(model_key, architecture)
-
-        def apply(params: Params, features: jax.Array) -> jax.Array:
-            return forward(initial._replace(params=params), features)
-
         loop = make_steps(
             TWO_CLASSES,
-            apply,
+            forward,
             METHODS[method],
             setting,
             settings.num_envs,
             schedule,
             whitening,
             RECIPE,
-            functools.partial(part_of, prefix=f"mlp/layers/{settings.hidden_layers}/"),
+            functools.partial(part_of, prefix=f"{layers_of(settings)[-1]}/"),
         )
         params = train_epochs(
             loop,
-            initial.params,
+            init(model_key),
             Examples(*dataset.train),
             order_key,
             settings.epochs,
@@ -121,7 +140,7 @@ def _make_run(settings: SpiralsSettings, method: MethodName) -> Any:
         )
 
         def errors(split: Split) -> jax.Array:
-            return errors_of(TWO_CLASSES, apply, params, Examples(*split))
+            return errors_of(TWO_CLASSES, forward, params, Examples(*split))
 
         test = jax.tree.map(lambda leaf: leaf[None], dataset.test)
         # Few examples in each of many environments: as one.
@@ -132,6 +151,6 @@ def _make_run(settings: SpiralsSettings, method: MethodName) -> Any:
             "train": errors(dataset.train),
             "held_out": errors(dataset.held_out),
             "test": errors(test),
-        }, share_of_baseline(TWO_CLASSES, apply, params, Examples(*held_out))
+        }, share_of_baseline(TWO_CLASSES, forward, params, Examples(*held_out))
 
     return run

@@ -43,9 +43,10 @@ def test_tables_of_spirals_are_of_the_committed_runs(problem):
     assert format_markdown(table("spirals"), problem) in PAGE
 
 
-def test_table_of_the_look_at_gradients_is_of_the_committed_one():
+def test_tables_of_looks_at_gradients_are_of_the_committed_ones():
     page = (ROOT / "docs" / "does_it_help.md").read_text()
     assert format_look_markdown(table("images_look")) in page
+    assert format_look_markdown(table("spirals_look")) in PAGE
 
 
 def test_tables_of_images_are_of_the_committed_runs():

@@ -6,6 +6,7 @@ import pytest
 
 from experiments.shifts.config import SPIRALS_PRESETS
 from experiments.shifts.spirals import data_for
+from tests.experiments.conftest import read_csv, shifts
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +31,15 @@ def test_data_for_rotates_all_splits_alike(drawn):
 def test_data_for_keeps_labels(drawn):
     labels = [[split.labels for split in dataset] for dataset in drawn]
     jax.tree.map(np.testing.assert_array_equal, *labels)
+
+
+def test_spirals_look_smoke_shows_each_layer_of_both_inputs_twice(tmp_path):
+    assert shifts("spirals-look", "--preset", "smoke", "--out", tmp_path / "look") == 0
+    rows = read_csv(tmp_path / "look" / "look.csv")
+    seen = [(row["problem"], row["epochs"], row["layer"][-1]) for row in rows]
+    assert seen == [
+        (problem, epochs, layer)
+        for problem in ("spirals", "spirals_rotated")
+        for epochs in "01"
+        for layer in "012"
+    ]
