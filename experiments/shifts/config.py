@@ -51,10 +51,9 @@ MethodName = Literal[
     "oracle",
 ]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
-# Fishr and IGA have no setting chosen there yet; and a gradient of all examples has no
-# noise for the temporal form to see.
+# A gradient of all examples has no noise for the temporal form to see.
 LINEAR_METHODS: tuple[MethodName, ...] = tuple(
-    name for name in METHOD_NAMES if name not in ("fishr", "iga", "temporal_and_mask")
+    name for name in METHOD_NAMES if name != "temporal_and_mask"
 )
 Problem = Literal[
     "example1", "example1s", "example2", "example2s", "example3", "example3s"
