@@ -340,9 +340,10 @@ def test_gradients_that_shard_map_has_summed_over_devices_are_refused(
 
     def run(local, **settings):
         specs = (P(), P("env"))
-        return jax.shard_map(
+        spread = jax.shard_map(
             local, mesh=mesh, in_specs=specs, out_specs=P(), **settings
-        )(params, batch)
+        )
+        return jax.jit(spread)(params, batch)
 
     message = (
         r"\['b'\] are the same on all devices of the axis 'env'.*(pcast|pvary)\(params"

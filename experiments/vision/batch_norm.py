@@ -125,7 +125,7 @@ def compare(
             ).gradients
             for name, way in ways.items()
         }
-        same = _distance(_mean(stats["path"]), _mean(stats["coupled"]))
+        same = float(_distance(_mean(stats["path"]), _mean(stats["coupled"])))
         for threshold in config.thresholds:
             table.append(
                 {
@@ -185,6 +185,12 @@ def compare_masks(path: Any, coupled: Any, threshold: float) -> dict[str, float]
       components that pass both over those that pass either (Jaccard index; NaN where
       nothing passes). `cosine`: between the masked means (NaN likewise).
     """
+    found = _compare_masks(path, coupled, threshold)
+    return {name: float(value) for name, value in found.items()}
+
+
+@jax.jit
+def _compare_masks(path: Any, coupled: Any, threshold: Any) -> dict[str, jax.Array]:
     masks = [hardvary.mask(stats, threshold) for stats in (path, coupled)]
     both = optax.tree.sum(jax.tree.map(jnp.logical_and, *masks))
     either = optax.tree.sum(jax.tree.map(jnp.logical_or, *masks))
@@ -193,14 +199,14 @@ def compare_masks(path: Any, coupled: Any, threshold: float) -> dict[str, float]
     )
     norms = optax.tree.norm(first) * optax.tree.norm(second)
     return {
-        "kept_path": float(kept_path),
-        "kept_coupled": float(kept_coupled),
-        "overlap": float(both / either),
-        "cosine": float(optax.tree.vdot(first, second) / norms),
+        "kept_path": kept_path,
+        "kept_coupled": kept_coupled,
+        "overlap": both / either,
+        "cosine": optax.tree.vdot(first, second) / norms,
     }
 
 
-def _masked(stats: Any, threshold: float) -> tuple[Any, jax.Array]:
+def _masked(stats: Any, threshold: Any) -> tuple[Any, jax.Array]:
     """The masked mean, and the share of components that pass."""
     aggregator = hardvary.and_mask(threshold)
     masked, state = aggregator.update(stats, aggregator.init(None))
@@ -215,9 +221,10 @@ def _mean(stats: Any) -> Any:
     )
 
 
-def _distance(a: Any, b: Any) -> float:
+@jax.jit
+def _distance(a: Any, b: Any) -> jax.Array:
     """Norm of the difference over the norm of `a`."""
-    return float(optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(a))
+    return optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(a)
 
 
 def format_table(rows: Sequence[Row]) -> str:

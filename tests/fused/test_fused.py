@@ -405,7 +405,7 @@ def test_env_axis_name_on_an_explicit_mesh_takes_parameters_that_it_has_split(
 ):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
     x = floats(8, 4, seed=3)
-    oracle = hardvary.grad_stats(with_shared_norm, env_axis_name="env")
+    oracle = jax.jit(hardvary.grad_stats(with_shared_norm, env_axis_name="env"))
     with set_mesh(mesh):
         split = NamedSharding(mesh, P("model"))
         params = norm_params | {"w": jax.device_put(norm_params["w"], split)}
