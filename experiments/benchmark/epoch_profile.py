@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -119,8 +120,11 @@ def _run(run: RunDir, config: ProfileConfig) -> None:
     compile_seconds = {
         method: _compile_seconds(config.training(method)) for method in TRAINED
     }
-    with tempfile.TemporaryDirectory(dir=run.path) as folder:
-        seconds = _measure(config, Path(folder))
+    with (
+        tempfile.TemporaryDirectory(dir=run.path) as folder,
+        contextlib.closing(Checkpoints(Path(folder) / "checkpoint")) as checkpoints,
+    ):
+        seconds = _measure(config, checkpoints, Path(folder))
     dues = due_seconds(config, seconds)
     rows = [
         {
@@ -153,7 +157,9 @@ def _compile_seconds(config: TrainConfig) -> float:
     return ways.compile_made(trainer.epoch, (state, dataset, keys, 0)).compile_seconds
 
 
-def _measure(config: ProfileConfig, folder: Path) -> dict[str, float]:
+def _measure(
+    config: ProfileConfig, checkpoints: Checkpoints, folder: Path
+) -> dict[str, float]:
     """Median seconds of all that is timed, by name."""
     keys = make_keys(config.seed)
     dataset = dataset_for(config, config.seed)
@@ -168,7 +174,7 @@ def _measure(config: ProfileConfig, folder: Path) -> dict[str, float]:
     for function in timed.values():
         jax.block_until_ready(function())
     epochs = {m: _whole_epochs(config.training(m), dataset, keys) for m in TRAINED}
-    saves = _saves(states["erm"], folder)
+    saves = _saves(checkpoints, states["erm"], folder)
     for _ in tqdm(range(config.rounds), unit="round"):
         for name, function in timed.items():
             start = time.perf_counter()
@@ -269,9 +275,10 @@ def _whole_epochs(
     return epoch
 
 
-def _saves(state: State, folder: Path) -> Callable[[], dict[str, float]]:
+def _saves(
+    checkpoints: Checkpoints, state: State, folder: Path
+) -> Callable[[], dict[str, float]]:
     """A checkpoint, and the writing of as many bytes."""
-    checkpoints = Checkpoints(folder / "checkpoint")
     content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))
     step = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -434,29 +435,22 @@ def make_parts(config: TrainConfig) -> Parts:
         state = State(variables, opt_state, log_weights)
         return state, (aux.cross_entropy.mean(), kept)
 
-    def evaluate_split(
-        variables: Variables, split: Split
-    ) -> tuple[jax.Array, jax.Array]:
-        """Accuracy and mean loss."""
-        logits = apply(variables, split.features)
-        losses = optax.sigmoid_binary_cross_entropy(logits, split.labels)
-        return jnp.mean((logits > 0) == (split.labels > 0.5)), losses.mean()
-
     def evaluate(variables: Variables, dataset: Dataset) -> dict[str, jax.Array]:
         evaluated = jax.tree.map(lambda leaf: leaf[:, :EVALUATED], dataset.train)
-        train_accuracy, _ = evaluate_split(variables, evaluated)
-        validation_accuracy, validation_loss = evaluate_split(
-            variables, dataset.validation
-        )
-        held_out_accuracy, _ = evaluate_split(variables, dataset.held_out)
-        test_accuracy, _ = evaluate_split(variables, dataset.test)
-        return {
-            "train_accuracy": train_accuracy,
-            "validation_accuracy": validation_accuracy,
-            "validation_loss": validation_loss,
-            "held_out_accuracy": held_out_accuracy,
-            "test_accuracy": test_accuracy,
-        }
+        splits = dataset._replace(train=evaluated)
+        # In one batch: the network is compiled once, not for each split.
+        rows = [x.features.reshape(x.labels.size, -1) for x in splits]
+        logits = apply(variables, jnp.concatenate(rows))
+        ends = itertools.accumulate(len(part) for part in rows)
+        parts = jnp.split(logits, list(ends)[:-1])
+        metrics: dict[str, jax.Array] = {}
+        for name, split, part in zip(Dataset._fields, splits, parts, strict=True):
+            part = part.reshape(split.labels.shape)
+            metrics[f"{name}_accuracy"] = jnp.mean((part > 0) == (split.labels > 0.5))
+            if name == "validation":
+                losses = optax.sigmoid_binary_cross_entropy(part, split.labels)
+                metrics["validation_loss"] = losses.mean()
+        return metrics
 
     return Parts(order, batch, gradients, step, evaluate)
 
