@@ -399,18 +399,20 @@ def format_table(summary: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     measured = {(row["method"], row["part"]): row for row in summary["rows"]}
-    sums = dict.fromkeys([*TRAINED, "due"], 0.0)
     for part, what in DUES.items():
-        cells = []
-        for method in TRAINED:
-            row = measured.get((method, part))
-            sums[method] += row["milliseconds"] if row else 0.0
-            cells.append(f"{row['milliseconds']:.2f}" if row else "")
+        rows = [measured.get((method, part)) for method in TRAINED]
+        cells = [f"{row['milliseconds']:.2f}" if row else "" for row in rows]
         due = measured["and_mask", part]["due_milliseconds"]
-        sums["due"] += due
         lines.append(f"| {part} | {' | '.join(cells)} | {due:.2f} | {what} |")
-    total = " | ".join(f"{sums[name]:.1f}" for name in sums)
-    lines.append(f"| sum | {total} | |")
+    taken, dues = (
+        [
+            f"{sum(row[column] for row in summary['rows'] if row['method'] == m):.1f}"
+            for m in TRAINED
+        ]
+        for column in ("milliseconds", "due_milliseconds")
+    )
+    total = f"{' | '.join(taken)} | {' and '.join(dues)}"
+    lines.append(f"| sum | {total} | without and with the mask |")
     whole = [f"{summary['epoch_milliseconds'][method]:.1f}" for method in TRAINED]
     lines.append(f"| an epoch in one piece | {' | '.join(whole)} | | |")
     compiled = [f"{summary['compile_seconds'][m] * 1e3:.0f}" for m in TRAINED]
