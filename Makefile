@@ -108,6 +108,7 @@ bench: $(READY) $(TORCH_READY) $(PRIVACY_READY)  ## Time steps and epochs beside
 	  --torch-python $(TORCH_VENV)/bin/python --privacy-python $(PRIVACY_VENV)/bin/python
 	$(RUN) -m experiments.benchmark growth
 	$(RUN) -m experiments.benchmark epochs --torch-python $(TORCH_VENV)/bin/python
+	$(RUN) -m experiments.benchmark profile
 
 $(TORCH_READY): experiments/benchmark/requirements-torch.txt
 	$(call new_venv,$(TORCH_VENV),-r $<)

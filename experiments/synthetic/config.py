@@ -157,8 +157,8 @@ class Settings:
     microbatch_size: int = 1
     """Environments at a time for scan: speed against memory. Sums are rounded
     differently."""
-    checkpoint_every: int = 10
-    """Epochs between checkpoints."""
+    checkpoint_every: int = 50
+    """Epochs between checkpoints: one takes as long as an epoch."""
 
     def __post_init__(self) -> None:
         require_at_least(

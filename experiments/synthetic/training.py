@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from experiments.synthetic.model import (
     ENV_AXIS,
     Apply,
     Architecture,
+    Outputs,
     init_variables,
     make_apply,
     make_train_apply,
@@ -71,6 +74,13 @@ class EnvBatch(NamedTuple):
     features: jax.Array
     labels: jax.Array
     env: jax.Array
+    dropout_key: jax.Array
+
+
+class StepInputs(NamedTuple):
+    """What a step takes: rows [env, batch_size] of the training split, and a key."""
+
+    rows: jax.Array
     dropout_key: jax.Array
 
 
@@ -206,17 +216,25 @@ def make_env_loss(config: TrainConfig) -> Callable[..., tuple[jax.Array, Aux]]:
             batch.dropout_key,
             config.reversal_scale,
         )
-        logits = outputs.logits
-        loss = optax.sigmoid_binary_cross_entropy(logits, batch.labels).mean()
-        objective = loss
-        if config.method == "irm":
-            penalty = hardvary.objectives.irm_penalty(logits, batch.labels)
-            objective = _penalized(loss, penalty, penalty_weight)
-        if outputs.domain_logits is not None:
-            objective = loss + domain_loss(outputs.domain_logits, batch.env)
+        objective, loss = _env_objective(config, outputs, batch, penalty_weight)
         return objective, Aux(loss, batch_stats)
 
     return env_loss
+
+
+def _env_objective(
+    config: TrainConfig, outputs: Outputs, batch: EnvBatch, penalty_weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Objective and cross-entropy of one environment, from what the network says."""
+    logits = outputs.logits
+    loss = optax.sigmoid_binary_cross_entropy(logits, batch.labels).mean()
+    objective = loss
+    if config.method == "irm":
+        penalty = hardvary.objectives.irm_penalty(logits, batch.labels)
+        objective = _penalized(loss, penalty, penalty_weight)
+    if outputs.domain_logits is not None:
+        objective = loss + domain_loss(outputs.domain_logits, batch.env)
+    return objective, loss
 
 
 def domain_loss(domain_logits: jax.Array, env: jax.Array) -> jax.Array:
@@ -230,6 +248,48 @@ def _penalized(
     # Scaled so that the gradient stays in range whatever the weight, as the authors of
     # IRM and V-REx do.
     return (loss + penalty_weight * penalty) / jnp.maximum(penalty_weight, 1.0)
+
+
+def make_env_losses(config: TrainConfig) -> Callable[..., tuple[jax.Array, Aux]]:
+    """`make_env_loss` of all environments: all that it takes of a batch and all that it
+    returns has a leading axis [env].
+    """
+    if config.batch_norm or config.dropout:
+        # Batch norm wants the axis, and dropout each environment's own key.
+        env_loss = make_env_loss(config)
+
+        def env_by_env(params: Params, batch: EnvBatch, **shared: Any) -> Any:
+            loss_fn = functools.partial(env_loss, **shared)
+            mapped = jax.vmap(loss_fn, (None, 0), axis_name=ENV_AXIS)
+            return mapped(params, batch)
+
+        return env_by_env
+    apply = make_train_apply(architecture_for(config))
+
+    def in_one_batch(
+        params: Params,
+        batch: EnvBatch,
+        *,
+        batch_stats: BatchStats,
+        penalty_weight: jax.Array,
+    ) -> tuple[jax.Array, Aux]:
+        # Mapped over environments, the gradient of a kernel is a sum over two axes, and
+        # XLA on CPU transposes what is summed first: a sixth of an epoch.
+        shape = batch.labels.shape
+        outputs, batch_stats = apply(
+            Variables(params, batch_stats),
+            batch.features.reshape(math.prod(shape), -1),
+            batch.dropout_key[0],
+            config.reversal_scale,
+        )
+        outputs = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), outputs)
+        objective = functools.partial(_env_objective, config)
+        objectives, losses = jax.vmap(objective, (0, 0, None))(
+            outputs, batch, penalty_weight
+        )
+        return objectives, Aux(losses, batch_stats)
+
+    return in_one_batch
 
 
 def make_oracle(
@@ -269,9 +329,8 @@ def make_oracle(
 
 def make_gradients(config: TrainConfig) -> Gradients:
     """The gradient of a step: of each environment for aggregators, else of the sum."""
-    env_loss = make_env_loss(config)
     if config.method in AGGREGATE:
-        oracle = make_oracle(config, env_loss)
+        oracle = make_oracle(config, make_env_loss(config))
 
         def aggregated(
             state: State, batch: EnvBatch, penalty_weight: jax.Array
@@ -286,15 +345,17 @@ def make_gradients(config: TrainConfig) -> Gradients:
 
         return aggregated
 
+    env_losses = make_env_losses(config)
+
     def objective(
         params: Params, state: State, batch: EnvBatch, penalty_weight: jax.Array
     ) -> tuple[jax.Array, tuple[Aux, jax.Array]]:
-        loss_fn = functools.partial(
-            env_loss,
+        losses, aux = env_losses(
+            params,
+            batch,
             batch_stats=state.variables.batch_stats,
             penalty_weight=penalty_weight,
         )
-        losses, aux = jax.vmap(loss_fn, (None, 0), axis_name=ENV_AXIS)(params, batch)
         log_weights, total = state.log_weights, losses.mean()
         if config.method == "vrex":
             penalty = hardvary.objectives.vrex_penalty(losses)
@@ -321,18 +382,83 @@ def make_trainer(config: TrainConfig) -> Trainer:
     return _make_trainer(dataclasses.replace(config, seed=0, checkpoint_every=1))
 
 
-@functools.lru_cache(maxsize=16)
-def _make_trainer(config: TrainConfig) -> Trainer:
+class Parts(NamedTuple):
+    """What an epoch consists of, as pure functions that nothing has compiled.
+
+    `order(keys, index)` gives the inputs of an epoch's steps, [step, ...];
+    `batch(dataset, inputs)` the examples of one step's inputs; `gradients(state, batch,
+    penalty_weight)` what the optimizer gets; `step(state, dataset, keys,
+    penalty_weight, inputs)` the state after one step, its loss and the fraction kept;
+    `evaluate(variables, dataset)` the metrics of the splits.
+    """
+
+    order: Callable[[Keys, int], StepInputs]
+    batch: Callable[[Dataset, StepInputs], EnvBatch]
+    gradients: Gradients
+    step: Callable[..., tuple[State, tuple[jax.Array, jax.Array]]]
+    evaluate: Callable[[Variables, Dataset], dict[str, jax.Array]]
+
+
+def make_parts(config: TrainConfig) -> Parts:
+    """What an epoch of `config` consists of."""
     apply = apply_for(config)
-    schedule = make_schedule(config)
     gradients = make_gradients(config)
     envs = jnp.arange(config.num_envs)
 
-    def evaluate(variables: Variables, split: Split) -> tuple[jax.Array, jax.Array]:
-        """Accuracy and mean loss."""
-        logits = apply(variables, split.features)
-        losses = optax.sigmoid_binary_cross_entropy(logits, split.labels)
-        return jnp.mean((logits > 0) == (split.labels > 0.5)), losses.mean()
+    def order(keys: Keys, index: int) -> StepInputs:
+        rows = epoch_order(jax.random.fold_in(keys.batches, index), config)
+        key = jax.random.fold_in(keys.dropout, index)
+        return StepInputs(rows, jax.random.split(key, config.steps_per_epoch))
+
+    def batch(dataset: Dataset, inputs: StepInputs) -> EnvBatch:
+        split = jax.vmap(_take)(dataset.train, inputs.rows)
+        dropout_keys = jax.random.split(inputs.dropout_key, config.num_envs)
+        return EnvBatch(*split, envs, dropout_keys)
+
+    def step(
+        state: State,
+        dataset: Dataset,
+        keys: Keys,
+        penalty_weight: jax.Array,
+        inputs: StepInputs,
+    ) -> tuple[State, tuple[jax.Array, jax.Array]]:
+        optimizer = make_optimizer(config, keys.draws)
+        grads, aux, log_weights = gradients(
+            state, batch(dataset, inputs), penalty_weight
+        )
+        params, _ = state.variables
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        # Taken over all environments together, so the same in each of them.
+        batch_stats = jax.tree.map(lambda leaf: leaf[0], aux.batch_stats)
+        variables = Variables(optax.apply_updates(params, updates), batch_stats)
+        kept = optax.tree.get(opt_state, "kept_fraction", jnp.float32(1))
+        state = State(variables, opt_state, log_weights)
+        return state, (aux.cross_entropy.mean(), kept)
+
+    def evaluate(variables: Variables, dataset: Dataset) -> dict[str, jax.Array]:
+        evaluated = jax.tree.map(lambda leaf: leaf[:, :EVALUATED], dataset.train)
+        splits = dataset._replace(train=evaluated)
+        # In one batch: the network is compiled once, not for each split.
+        rows = [x.features.reshape(x.labels.size, -1) for x in splits]
+        logits = apply(variables, jnp.concatenate(rows))
+        ends = itertools.accumulate(len(part) for part in rows)
+        parts = jnp.split(logits, list(ends)[:-1])
+        metrics: dict[str, jax.Array] = {}
+        for name, split, part in zip(Dataset._fields, splits, parts, strict=True):
+            part = part.reshape(split.labels.shape)
+            metrics[f"{name}_accuracy"] = jnp.mean((part > 0) == (split.labels > 0.5))
+            if name == "validation":
+                losses = optax.sigmoid_binary_cross_entropy(part, split.labels)
+                metrics["validation_loss"] = losses.mean()
+        return metrics
+
+    return Parts(order, batch, gradients, step, evaluate)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_trainer(config: TrainConfig) -> Trainer:
+    schedule = make_schedule(config)
+    parts = make_parts(config)
 
     @jax.jit
     def init(keys: Keys) -> State:
@@ -345,50 +471,20 @@ def _make_trainer(config: TrainConfig) -> Trainer:
     def epoch(
         state: State, dataset: Dataset, keys: Keys, index: int
     ) -> tuple[State, dict[str, Any]]:
-        optimizer = make_optimizer(config, keys.draws)
-
-        def step(
-            state: State, inputs: tuple[jax.Array, jax.Array]
-        ) -> tuple[State, tuple[jax.Array, ...]]:
-            rows, dropout_key = inputs
-            split = jax.vmap(_take)(dataset.train, rows)
-            dropout_keys = jax.random.split(dropout_key, config.num_envs)
-            batch = EnvBatch(*split, envs, dropout_keys)
-            grads, aux, log_weights = gradients(state, batch, penalty_weight)
-            params, _ = state.variables
-            updates, opt_state = optimizer.update(grads, state.opt_state, params)
-            # Taken over all environments together, so the same in each of them.
-            batch_stats = jax.tree.map(lambda leaf: leaf[0], aux.batch_stats)
-            variables = Variables(optax.apply_updates(params, updates), batch_stats)
-            kept = optax.tree.get(opt_state, "kept_fraction", jnp.float32(1))
-            return State(variables, opt_state, log_weights), (
-                aux.cross_entropy.mean(),
-                kept,
-            )
-
         annealing = index < config.penalty_annealing
         penalty_weight = jnp.where(
             annealing, min(1.0, config.penalty_weight), config.penalty_weight
         )
-        rows = epoch_order(jax.random.fold_in(keys.batches, index), config)
-        dropout_keys = jax.random.split(
-            jax.random.fold_in(keys.dropout, index), config.steps_per_epoch
+        state, (losses, kept) = jax.lax.scan(
+            lambda state, inputs: parts.step(
+                state, dataset, keys, penalty_weight, inputs
+            ),
+            state,
+            parts.order(keys, index),
         )
-        state, (losses, kept) = jax.lax.scan(step, state, (rows, dropout_keys))
-        evaluated = jax.tree.map(lambda leaf: leaf[:, :EVALUATED], dataset.train)
-        train_accuracy, _ = evaluate(state.variables, evaluated)
-        validation_accuracy, validation_loss = evaluate(
-            state.variables, dataset.validation
-        )
-        held_out_accuracy, _ = evaluate(state.variables, dataset.held_out)
-        test_accuracy, _ = evaluate(state.variables, dataset.test)
         metrics = {
             "loss": losses.mean(),
-            "train_accuracy": train_accuracy,
-            "validation_accuracy": validation_accuracy,
-            "validation_loss": validation_loss,
-            "held_out_accuracy": held_out_accuracy,
-            "test_accuracy": test_accuracy,
+            **parts.evaluate(state.variables, dataset),
             "kept_fraction": kept.mean(),
             "learning_rate": schedule(index * config.steps_per_epoch),
         }

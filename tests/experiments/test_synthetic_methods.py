@@ -1,6 +1,7 @@
 """The objectives and networks of the methods that the masks are compared with."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,12 @@ import optax
 import pytest
 
 from experiments.synthetic import training
-from experiments.synthetic.config import PRESETS, SEARCHED_METHODS, TrainConfig
+from experiments.synthetic.config import (
+    OBJECTIVES,
+    PRESETS,
+    SEARCHED_METHODS,
+    TrainConfig,
+)
 from experiments.synthetic.data import Split
 from experiments.synthetic.model import (
     ENV_AXIS,
@@ -25,6 +31,7 @@ from experiments.synthetic.training import (
     dataset_for,
     domain_loss,
     make_env_loss,
+    make_env_losses,
     make_gradients,
     make_keys,
     make_trainer,
@@ -116,6 +123,29 @@ def test_env_loss_irm_adds_the_penalty_and_keeps_the_gradient_in_range(weight):
     objectives, losses = per_env(config, weight)
     np.testing.assert_allclose(objectives, expected / max(1, weight), rtol=1e-4)
     np.testing.assert_allclose(losses, cross_entropy(logits, labels), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_env_losses_in_one_batch_are_those_of_one_environment_at_a_time(method):
+    config = small(method=method)
+    state, batch = some_state(config), some_batch(config)
+    shared = {
+        "batch_stats": state.variables.batch_stats,
+        "penalty_weight": jnp.float32(5),
+    }
+
+    def results(losses):
+        def weighted(params):
+            objectives, aux = losses(params, batch, **shared)
+            return objectives @ jnp.arange(1.0, 1 + config.num_envs), (objectives, aux)
+
+        return jax.jit(jax.grad(weighted, has_aux=True))(state.variables.params)
+
+    def mapped(params, batch, **shared):
+        loss = functools.partial(make_env_loss(config), **shared)
+        return jax.vmap(loss, (None, 0))(params, batch)
+
+    assert_close(results(make_env_losses(config)), results(mapped))
 
 
 def test_gradients_vrex_is_that_of_mean_and_variance():
