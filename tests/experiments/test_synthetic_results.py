@@ -89,6 +89,42 @@ def test_figure_7_mechanism_rises_and_shortcuts_fall():
         assert at("xor", 0.125, signal) < at("xor", 1.0, signal)
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("figure7", "1, 1.0 (the figure)"),
+        ("figure7_three_turns", "3, 1.0 (the training's data)"),
+        (
+            "figure7_three_turns_narrow",
+            "3, 0.316 (the variance of 0.1 that the paper's text may mean)",
+        ),
+    ],
+)
+def test_table_of_turns_is_that_of_its_networks(name, label):
+    rows = read_table(RESULTS / f"{name}.csv")
+    cells = []
+    for signal in ("mechanism", "shortcut"):
+        chosen = [
+            [r for r in rows if r["mask"] == "and" and r["threshold"] == threshold]
+            for threshold in (0.0, 0.875)
+        ]
+        assert [len(some) for some in chosen] == [10, 10]
+        means = [mean(some, f"{signal}_correlation") for some in chosen]
+        cells.append(", ".join(f"{value:.2f}" for value in means))
+    page = (RESULTS.parent / "synthetic.md").read_text()
+    assert f"| {label} | {' | '.join(cells)} |" in page
+
+
+def test_table_of_the_papers_settings_is_that_of_its_seeds():
+    page = (RESULTS.parent / "synthetic.md").read_text()
+    for row in read_table(RESULTS / "seeds_rescaled.csv"):
+        cells = [
+            f"{row[f'{part}_accuracy']:.1%}".replace("%", " %")
+            for part in ("train", "held_out", "test")
+        ]
+        assert f"| {row['seed']:.0f} | {' | '.join(cells)} |" in page
+
+
 def test_figure_15_the_mask_solves_it_where_averaging_is_at_chance():
     rows = [r for r in read_table(RESULTS / "figure15.csv") if r["num_envs"] <= 32]
     masked = [r["test_accuracy"] for r in rows if r["method"] == "and_mask"]
