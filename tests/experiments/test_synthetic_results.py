@@ -30,6 +30,24 @@ def mean(rows, name):
     return statistics.fmean(row[name] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        ("erm", "averaging (ERM)"),
+        ("and_mask", "AND-mask"),
+        ("geometric_mean", "geometric mean"),
+    ],
+)
+def test_first_table_is_that_of_its_last_epochs(method, label):
+    *_, last = [r for r in read_table(RESULTS / "methods.csv") if r["method"] == method]
+    columns = [
+        f"{part}_accuracy" for part in ("train", "validation", "held_out", "test")
+    ]
+    shares = [last[name] for name in (*columns, "kept_fraction")]
+    cells = [label, *(f"{share:.1%}".replace("%", " %") for share in shares)]
+    assert f"| {' | '.join(cells)} |" in (RESULTS.parent / "synthetic.md").read_text()
+
+
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_figure_6_baselines_memorise(method):
     rows = [r for r in read_table(RESULTS / "figure6.csv") if r["method"] == method]
