@@ -11,6 +11,8 @@ PRIVACY_VENV := .venv-privacy
 PRIVACY_READY := $(PRIVACY_VENV)/.ready
 OLDEST_VENV := .venv-oldest
 NEWEST_VENV := .venv-newest
+TFDS_VENV := .venv-tfds
+TFDS_READY := $(TFDS_VENV)/.ready
 MODELS_VENV := .venv-models
 MODELS_READY := $(MODELS_VENV)/.ready
 
@@ -29,7 +31,7 @@ define test_library
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv coinrun demo test test-oldest test-newest fuzz lint format docs figures bench models clean
+.PHONY: help venv coinrun demo test test-oldest test-newest test-tfds fuzz lint format docs figures bench models clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 13
@@ -81,6 +83,13 @@ test-newest:  ## Test it with the newest versions that PYTHON=... takes.
 	$(call new_venv,$(NEWEST_VENV),--editable .[test])
 	$(call test_library,$(NEWEST_VENV))
 
+test-tfds: $(TFDS_READY)  ## Test how data are loaded with the real tensorflow-datasets.
+	$(TFDS_VENV)/bin/python -m pytest -n 0 tests/experiments/test_vision_tfds.py
+
+$(TFDS_READY): experiments/vision/requirements-tfds.txt requirements.txt
+	$(call new_venv,$(TFDS_VENV),-r $<)
+	@touch $@
+
 PROGRAMS ?= 10000
 SEED ?= 0
 fuzz: $(READY)  ## Random programs, fused against stacked: PROGRAMS=10000 SEED=0 (hours).
@@ -127,4 +136,5 @@ $(MODELS_READY): tests/models/requirements-models.txt requirements.txt
 
 clean:  ## Remove the virtual environments and caches, not runs/.
 	rm -rf $(VENV) $(TORCH_VENV) $(PRIVACY_VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(MODELS_VENV)
+	rm -rf $(TFDS_VENV)
 	rm -rf build docs/api .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,8 @@
 """Sphinx configuration of the documentation; `make docs` builds it."""
 
+import importlib.resources
 import inspect
+import pathlib
 import re
 
 from docutils import nodes
@@ -42,6 +44,12 @@ autosummary_imported_members = True
 toc_object_entries_show_parents = "hide"
 napoleon_custom_sections = ["Edge cases"]
 napoleon_attr_annotations = False
+
+# MathJax as part of the site: a page with formulas must not need a network either. Of
+# the package this one file, which draws without fonts and does not load the others.
+mathjax_path = "tex-svg.js"
+_MATHJAX = importlib.resources.files("sphinx-mathjax-offline") / "static/mathjax"
+html_static_path = [str(_MATHJAX / mathjax_path)]
 
 html_theme = "sphinx_book_theme"
 html_title = "hardvary"
@@ -92,7 +100,28 @@ def keep_numbers_whole(app, doctree, page):
             text.parent.replace(text, nodes.Text(whole))
 
 
+# What a browser asks for by itself to show a page, unlike where a link leads.
+ASKED = re.compile(
+    r"""(?:\bsrc(?:set)?=|<link\b[^>]*\bhref=|\burl\(|@import)\s*["']?"""
+    r"""((?:https?:)?//[^\s"')]+)""",
+    re.IGNORECASE,
+)
+
+
+def check_network(app, exception):
+    """Warns of scripts, styles, fonts and images that are not part of the site."""
+    if exception or app.builder.format != "html":
+        return
+    for path in sorted(pathlib.Path(app.outdir).rglob("*")):
+        if path.suffix in (".html", ".css"):
+            for address in ASKED.findall(path.read_text()):
+                logging.getLogger(__name__).warning(
+                    "%s needs the network for %s", path.name, address
+                )
+
+
 def setup(app):
     app.connect("env-check-consistency", check_coverage)
     app.connect("doctree-resolved", link_figures)
     app.connect("doctree-resolved", keep_numbers_whole)
+    app.connect("build-finished", check_network)

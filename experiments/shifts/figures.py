@@ -57,14 +57,16 @@ def draw_linear(rows: Sequence[Row]) -> Figure:
     for axes in panels.flat[len(problems) :]:
         axes.set_axis_off()
     for problem, axes in zip(problems, panels.flat, strict=False):
-        for method in methods:
+        for index, method in enumerate(methods):
             own = [
                 row
                 for row in rows
                 if row["problem"] == problem and row["method"] == method
             ]
             own.sort(key=lambda row: row["num_envs"])
-            envs = [row["num_envs"] for row in own]
+            # Side by side: several methods may have the same error everywhere.
+            aside = 0.7 * ((index + 0.5) / len(methods) - 0.5)
+            envs = [row["num_envs"] + aside for row in own]
             color = COLORS[method]
             style = "--" if method == "oracle" else "-"
             relative = own and all(row["over_oracle"] != "" for row in own)
@@ -80,7 +82,10 @@ def draw_linear(rows: Sequence[Row]) -> Figure:
             axes.plot(envs, error, style, color=color, marker="o", ms=4)
             axes.fill_between(envs, low, high, color=color, alpha=0.15, lw=0)
             axes.set_ylabel("Error on the test")
-        axes.set(title=_TITLES[problem], xlabel="Training environments")
+        axes.set(
+            title=_TITLES[problem],
+            xlabel="Training environments (methods side by side)",
+        )
     lines_shown = panels.flat[0].get_lines()
     labels = [METHODS[method].label for method in methods]  # type: ignore[index]
     figure.legend(lines_shown, labels, loc="outside lower center", ncols=3)
@@ -142,6 +147,16 @@ def _draw_bars(
     )
     axes.barh(places, error, **options)
     axes.hlines(places, low, high, color="0.2", lw=1.5)
+    # With numbers: no bar can be seen of an error of 0.
+    for place, value, end in zip(places, error, high, strict=True):
+        axes.annotate(
+            f"{value:#.2g}",
+            (end, place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+        )
     labels = [METHODS[method].label for method in methods]  # type: ignore[index]
     axes.set_yticks(range(len(methods)), labels)
 

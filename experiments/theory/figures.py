@@ -295,10 +295,12 @@ def draw_pairs(
         len(lines), columns, sharex=True, sharey=True, squeeze=False
     )
     for panel, (count, ratio, pair, scores) in zip(panels.flat, pairs, strict=True):
-        for (_, color), hessian in zip(ENV_COLORS.items(), pair, strict=True):
+        # Dashed on top, or equal landscapes would look like one.
+        styles = zip(ENV_COLORS.values(), ("-", "--"), pair, strict=True)
+        for color, style, hessian in styles:
             for level, width in ((0.25, 2.0), (1.0, 1.2)):
                 outline = level_set(np.asarray(hessian), level)
-                panel.plot(*outline, color=color, lw=width)
+                panel.plot(*outline, style, color=color, lw=width)
         where = "both axes" if count == 2 else "one axis"
         panel.set_title(
             f"ratio {ratio:g} on {where}\n{describe(scores, epsilon)}",
@@ -312,8 +314,8 @@ def draw_pairs(
     for panel in panels[:, 0]:
         panel.set_ylabel("second parameter")
     handles = [
-        Line2D([], [], color=color, label=f"environment {env}")
-        for env, color in ENV_COLORS.items()
+        Line2D([], [], color=color, ls=style, label=f"environment {env}")
+        for (env, color), style in zip(ENV_COLORS.items(), ("-", "--"), strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure

@@ -30,6 +30,24 @@ def mean(rows, name):
     return statistics.fmean(row[name] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        ("erm", "averaging (ERM)"),
+        ("and_mask", "AND-mask"),
+        ("geometric_mean", "geometric mean"),
+    ],
+)
+def test_first_table_is_that_of_its_last_epochs(method, label):
+    *_, last = [r for r in read_table(RESULTS / "methods.csv") if r["method"] == method]
+    columns = [
+        f"{part}_accuracy" for part in ("train", "validation", "held_out", "test")
+    ]
+    shares = [last[name] for name in (*columns, "kept_fraction")]
+    cells = [label, *(f"{share:.1%}".replace("%", " %") for share in shares)]
+    assert f"| {' | '.join(cells)} |" in (RESULTS.parent / "synthetic.md").read_text()
+
+
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_figure_6_baselines_memorise(method):
     rows = [r for r in read_table(RESULTS / "figure6.csv") if r["method"] == method]
@@ -87,6 +105,42 @@ def test_figure_7_mechanism_rises_and_shortcuts_fall():
     assert at("and", 1.0, "shortcut") < 0.6 < at("and", 0.0, "shortcut")
     for signal in ("mechanism", "shortcut"):
         assert at("xor", 0.125, signal) < at("xor", 1.0, signal)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("figure7", "1, 1.0 (the figure)"),
+        ("figure7_three_turns", "3, 1.0 (the training's data)"),
+        (
+            "figure7_three_turns_narrow",
+            "3, 0.316 (the variance of 0.1 that the paper's text may mean)",
+        ),
+    ],
+)
+def test_table_of_turns_is_that_of_its_networks(name, label):
+    rows = read_table(RESULTS / f"{name}.csv")
+    cells = []
+    for signal in ("mechanism", "shortcut"):
+        chosen = [
+            [r for r in rows if r["mask"] == "and" and r["threshold"] == threshold]
+            for threshold in (0.0, 0.875)
+        ]
+        assert [len(some) for some in chosen] == [10, 10]
+        means = [mean(some, f"{signal}_correlation") for some in chosen]
+        cells.append(", ".join(f"{value:.2f}" for value in means))
+    page = (RESULTS.parent / "synthetic.md").read_text()
+    assert f"| {label} | {' | '.join(cells)} |" in page
+
+
+def test_table_of_the_papers_settings_is_that_of_its_seeds():
+    page = (RESULTS.parent / "synthetic.md").read_text()
+    for row in read_table(RESULTS / "seeds_rescaled.csv"):
+        cells = [
+            f"{row[f'{part}_accuracy']:.1%}".replace("%", " %")
+            for part in ("train", "held_out", "test")
+        ]
+        assert f"| {row['seed']:.0f} | {' | '.join(cells)} |" in page
 
 
 def test_figure_15_the_mask_solves_it_where_averaging_is_at_chance():

@@ -17,6 +17,7 @@ from experiments.theory.__main__ import COMMANDS, FIGURES
 from experiments.theory.noise import ESTIMATES
 
 TINY = ("--preset", "smoke")
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 
 
 def theory(*arguments):
@@ -145,7 +146,7 @@ def test_descent_stays_below_the_bound(tmp_path):
 
 
 def test_committed_results_hold_what_their_page_says():
-    results = pathlib.Path(__file__).parents[2] / "docs" / "results" / "theory"
+    results = RESULTS / "theory"
     rows = read_table(results / "figure4.csv")
     assert [row["num_envs"] for row in rows] == list(range(10, 301, 10))
     for row in rows:
@@ -166,6 +167,57 @@ def test_committed_results_hold_what_their_page_says():
     pictures = list(results.glob("*.png"))
     assert {p.with_suffix(".csv") for p in pictures} == set(results.glob("*.csv"))
     assert all(p.stat().st_size < 300_000 for p in pictures)
+
+
+REGRESSION_LABELS = {
+    "erm": "averaging",
+    "and_mask": "AND-mask",
+    "geometric_mean": "geometric mean",
+}
+
+
+def last_weight(summary, method):
+    """Mean, lowest and highest over the seeds."""
+    return [
+        summary[f"{method}_{of}_weights"][4] for of in ("mean", "lowest", "highest")
+    ]
+
+
+def test_committed_summaries_hold_the_tables_of_the_regression():
+    page = (RESULTS / "theory.md").read_text().replace("\N{MINUS SIGN}", "-")
+    summaries = {
+        path.stem: json.loads(path.read_text())
+        for path in (RESULTS / "theory" / "regression").glob("*.json")
+    }
+    rows = []
+    for method, label in REGRESSION_LABELS.items():
+        summary = summaries["seeds"]
+        own = (
+            min(summary[f"{method}_lowest_weights"][:4]),
+            max(summary[f"{method}_highest_weights"][:4]),
+        )
+        mean, *ends = [f"{value:.3f}" for value in last_weight(summary, method)]
+        rows.append([label, f"{own[0]:.3f} to {own[1]:.3f}", mean, *ends])
+    for name, label in (
+        ("seeds", "none"),
+        ("noise_0.001", "± 0.001, one draw"),
+        ("noise_0.01", "± 0.01, one draw"),
+        ("fresh_noise_0.001", "± 0.001, drawn at every step"),
+        ("fresh_noise_0.01", "± 0.01, drawn at every step"),
+    ):
+        cells = [
+            "{:.2f} ({:.2f})".format(*last_weight(summaries[name], method)[:2])
+            for method in ("and_mask", "geometric_mean")
+        ]
+        rows.append([label, *cells])
+    for method in ("and_mask", "geometric_mean"):
+        losses = [
+            f"{summaries['train_envs_2'][f'{method}_{part}_loss']:.4f}"
+            for part in ("train", "test")
+        ]
+        rows.append([REGRESSION_LABELS[method], *losses])
+    for cells in rows:
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_figure_finished_is_not_made_again(landscapes, monkeypatch, capsys):
