@@ -65,6 +65,18 @@ def test_masks_win_the_own_shortcut_by_ten_points_and_nothing_else():
             assert mask["high"] > plain["low"]
 
 
+def test_nothing_whitened_wins_the_own_shortcut_and_all_gain_on_coloured_labels():
+    found = {(row["problem"], row["method"]): row for row in table("images")}
+    whitened = [row for key, row in found.items() if key[1].endswith("_whitened")]
+    assert len(whitened) == 9 * 4
+    for row in whitened:
+        plain = found[row["problem"], "averaging"]
+        if row["problem"] == "own_shortcut":
+            assert row["error"] > plain["error"]
+        if row["problem"] == "coloured_labels":
+            assert row["high"] < plain["low"]
+
+
 @pytest.mark.parametrize("name", [*TABLES, "plain/linear"])
 def test_summary_is_of_the_committed_seeds(name):
     found = summarize(table(f"{name}_seeds"))
