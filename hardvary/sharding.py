@@ -199,14 +199,16 @@ def on_devices(
     def local(params: PyTree, shared: PyTree, *own: PyTree) -> PyTree:
         return function(vary_like(params, own, axes), shared, *own)
 
+    mesh = jax.sharding.get_abstract_mesh()
     run = jax.shard_map(
         local,
         in_specs=(jax.P(), jax.P(), *(jax.P(axes) for _ in spread)),
         out_specs=out_specs,
-        axis_names=set(axes),
+        # All that are explicit: jax 0.7 has no scatter beside one that is not used.
+        axis_names=set(mesh.explicit_axes),
         # A loss that was written for one device knows nothing of values that vary: it
         # may begin a loop with zeros. Inside of another shard_map it has to.
-        check_vma=bool(jax.sharding.get_abstract_mesh().manual_axes),
+        check_vma=bool(mesh.manual_axes),
     )
     # Compiled as a whole: one operation after the other takes minutes.
     run = jax.jit(run)

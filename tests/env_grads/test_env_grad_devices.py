@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import hardvary
+from hardvary import sharding
 from tests._asserts import assert_trees_close
 from tests._compat import set_mesh
 from tests.fused._answers import ANSWERS, ask, make_env_oracle, signed_weights
@@ -346,6 +347,7 @@ def test_answers_inside_shard_map_over_another_axis_equal_one_device():
 
     def run(params, batch, weights):
         oracle = hardvary.env_grads(loss_fn, axis_name="host")
+        batch, weights = sharding.spread_over((batch, weights), ("env",))
         grads = oracle(params, batch, env_weights=weights)
         return without_axes(ask(grads, signed_weights(NUM_ENVS)))
 
@@ -358,8 +360,7 @@ def test_answers_inside_shard_map_over_another_axis_equal_one_device():
         )
     )
     with set_mesh(mesh):
-        spread = place(mesh, (BATCH, WEIGHTS), P(("host", "env")))
-        actual = over(PARAMS, *spread)
+        actual = over(PARAMS, *place(mesh, (BATCH, WEIGHTS), P("host")))
     expected = without_axes(on_one_device(True)[1])
     del expected["stack"]
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
