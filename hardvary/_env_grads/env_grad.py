@@ -465,9 +465,10 @@ def value_and_env_grads(
       axis_name: see `grad_stats`; sums, Gramians and stacks are over the environments
         of all devices.
       env_axis_name: see `grad_stats`.
-      microbatch_size: environments in a pass, a divisor of their number; all of them
-        unless given. Fewer bound the memory of their activations, and every question
-        then takes passes of its own: losses a forward pass, statistics and weighted
+      microbatch_size: environments in a pass, a divisor of their number (on one device,
+        where a mesh has spread them); all of them unless given.
+        Fewer bound the memory of their activations, and every question then
+        takes passes of its own: losses a forward pass, statistics and weighted
         sums one pass over everything, inner products one for every microbatch, with
         the stacked gradients of two microbatches in memory. For masks
         `value_and_grad_stats` takes a single pass.
