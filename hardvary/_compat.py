@@ -64,6 +64,10 @@ def vary_call(what: str, axes: tuple[Any, ...]) -> str:
     return f"jax.lax.pvary({what}, {axes})"
 
 
+# How a user enters a mesh; the other before jax 0.7.1.
+SET_MESH = "jax.set_mesh" if hasattr(jax, "set_mesh") else "jax.sharding.use_mesh"
+
+
 def reshard(array: jax.Array, spec: Any) -> jax.Array:
     """`array` spread over explicit axes of a mesh as `spec` says."""
     if hasattr(jax, "reshard"):

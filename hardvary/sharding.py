@@ -1,6 +1,9 @@
 """Everything about devices: sums over mapped axes, varying values, explicit meshes."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -139,12 +142,28 @@ def _spec(leaf: Any) -> tuple[Any, ...]:
 
 
 def explicit_axes(batch: PyTree) -> tuple[str, ...]:
-    """Mesh axes over which the environments are spread for all to see."""
+    """Mesh axes over which the environments are spread for all to see.
+
+    Raises:
+      ValueError: outside of their mesh.
+    """
     for leaf in jax.tree.leaves(batch):
-        axes = _spec(leaf)[:1]
-        if axes and axes[0] is not None:
-            return names_of(axes[0])
+        first = _spec(leaf)[:1]
+        if first and first[0] is not None:
+            axes = names_of(first[0])
+            if not set(axes) <= set(jax.sharding.get_abstract_mesh().explicit_axes):
+                raise ValueError(
+                    f"environments are spread over the explicit axes {axes} of a mesh "
+                    f"that is not at hand: call this under {_compat.SET_MESH}(mesh)"
+                )
+            return axes
     return ()
+
+
+def size_of(axes: tuple[str, ...]) -> int:
+    """Number of devices along explicit axes, 1 for none."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[name] for name in axes)
 
 
 def spread_over(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
@@ -156,6 +175,61 @@ def spread_over(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
         return _compat.reshard(leaf, spec)
 
     return jax.tree.map(spread, tree)
+
+
+def on_devices(
+    function: Callable[..., PyTree],
+    axes: tuple[str, ...],
+    params: PyTree,
+    shared: PyTree,
+    spread: Sequence[PyTree],
+    out_specs: PyTree,
+) -> PyTree:
+    """`function(params, shared, *spread)`, on each device with its own environments.
+
+    Args:
+      function: what a device computes; collectives may name `axes`.
+      axes: explicit axes over which environments are spread.
+      params: the same on all devices; their gradients are not summed over these.
+      shared: other arrays that `function` reads: it must not close over one.
+      spread: trees with leaves `[env, ...]`.
+      out_specs: as of `jax.shard_map`.
+    """
+
+    def local(params: PyTree, shared: PyTree, *own: PyTree) -> PyTree:
+        return function(vary_like(params, own, axes), shared, *own)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    run = jax.shard_map(
+        local,
+        in_specs=(jax.P(), jax.P(), *(jax.P(axes) for _ in spread)),
+        out_specs=out_specs,
+        # All that are explicit: jax 0.7 has no scatter beside one that is not used.
+        axis_names=set(mesh.explicit_axes),
+        # A loss that was written for one device knows nothing of values that vary: it
+        # may begin a loop with zeros. Inside of another shard_map it has to.
+        check_vma=bool(mesh.manual_axes),
+    )
+    # Compiled as a whole: one operation after the other takes minutes.
+    run = jax.jit(run)
+    shared = jax.tree.map(lambda leaf: _compat.reshard(leaf, jax.P()), shared)
+    with _naming_closures(""):
+        return run(params, shared, *(spread_over(tree, axes) for tree in spread))
+
+
+@contextlib.contextmanager
+def _naming_closures(what: str) -> Iterator[None]:
+    """Says of a loss that closes over an array of a mesh what it is to do."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if re.search("context mesh|closing over inputs", str(error).lower()):
+            error.add_note(
+                f"{what}on a mesh with explicit axes a loss that closes over an array "
+                "takes it as an argument instead; in_axes={argument: None} shares one "
+                "with all environments"
+            )
+        raise
 
 
 def gather(leaf: Any) -> jax.Array:
@@ -191,16 +265,8 @@ def with_auto_axes(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
             return function(*args, **kwargs)
 
         everywhere = jax.sharding.auto_axes(of_arrays, out_sharding=jax.P())
-        try:
+        with _naming_closures("env_axis_name: "):
             return everywhere([leaves[i] for i in arrays])
-        except ValueError as error:
-            if "context mesh" in str(error).lower():
-                error.add_note(
-                    "env_axis_name on a mesh with explicit axes: a loss that closes "
-                    "over an array takes it as an argument instead; "
-                    "in_axes={argument: None} shares one with all environments"
-                )
-            raise
 
     return run
 

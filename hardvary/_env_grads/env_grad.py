@@ -20,6 +20,7 @@ from hardvary._env_grads.microbatches import Microbatches
 from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
 from hardvary._env_grads.source import Source
+from hardvary._env_grads.spread import spread_environments
 from hardvary._typing import AxisName, PyTree
 from hardvary.fused.rules import bound_rules
 from hardvary.fused.traced import Traced
@@ -114,6 +115,18 @@ class Answers:
             return [sharding.all_rows(square, self.axis_name) for square in squares]
 
         return self._once("square_norms", compute)
+
+    def alone(self, index: int) -> "Answers":
+        """Of one parameter, for what is asked of its layer."""
+
+        def compute() -> Answers:
+            source = self._source.alone(index)
+            if source is self._source:
+                return self
+            return Answers(source, self._weights, self._local_total, self.axis_name)
+
+        result: Answers = self._once(("alone", index), compute)
+        return result
 
     @property
     def num_inputs(self) -> int | None:
@@ -284,12 +297,16 @@ class EnvGrad(NoArray):
           TypeError: weights that are not real.
           ValueError: weights of another shape.
         """
-        values = _validate.combination(weights, self.num_envs)
+        values = sharding.gather(_validate.combination(weights, self.num_envs))
         return self._answers.combine(weights, values)[self._index]
 
     @property
+    def _layer(self) -> Answers:
+        return self._answers.alone(self._index)
+
+    @property
     def num_inputs(self) -> int | None:
-        return self._answers.num_inputs
+        return self._layer.num_inputs
 
     def input_moment(self) -> jax.Array:
         """`[input, input]`, second moment of the inputs that the weights meet.
@@ -306,20 +323,20 @@ class EnvGrad(NoArray):
                 "this parameter meets no inputs of a single dense layer or "
                 "convolution: see num_inputs, and what explain says of it"
             )
-        return self._answers.input_moment()
+        return self._layer.input_moment()
 
     def _whitened(self, root: jax.Array) -> "EnvGrad":
         """The transpose of `root: [input, input]` times the gradients."""
         like = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return EnvGrad(self._answers.whitened(root), self._index, like)
+        return EnvGrad(self._layer.whitened(root), 0, like)
 
     @property
     def _is_whitened(self) -> bool:
-        return self._answers.is_whitened
+        return self._layer.is_whitened
 
     def _times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
         """`root: [input, input]` times what is shaped like the parameter."""
-        return self._answers.times(root, parameter)
+        return self._layer.times(root, parameter)
 
     def stack(self) -> jax.Array:
         """`[env, *param.shape]`, the gradients themselves, in the parameter's dtype."""
@@ -448,9 +465,10 @@ def value_and_env_grads(
       axis_name: see `grad_stats`; sums, Gramians and stacks are over the environments
         of all devices.
       env_axis_name: see `grad_stats`.
-      microbatch_size: environments in a pass, a divisor of their number; all of them
-        unless given. Fewer bound the memory of their activations, and every question
-        then takes passes of its own: losses a forward pass, statistics and weighted
+      microbatch_size: environments in a pass, a divisor of their number (on one device,
+        where a mesh has spread them); all of them unless given.
+        Fewer bound the memory of their activations, and every question then
+        takes passes of its own: losses a forward pass, statistics and weighted
         sums one pass over everything, inner products one for every microbatch, with
         the stacked gradients of two microbatches in memory. For masks
         `value_and_grad_stats` takes a single pass.
@@ -466,8 +484,9 @@ def value_and_env_grads(
       TypeError: as `per_env_grad`.
       ValueError: as `per_env_grad`; a microbatch_size < 1 or beside an env_axis_name;
         (tracing) one that does not divide the number of environments, env_weights of
-        the wrong length or (concrete) negative, side effects in `loss_fn`, environments
-        or parameters that an explicit mesh has spread.
+        the wrong length or (concrete) negative, side effects in `loss_fn`, parameters
+        that an explicit mesh has spread, an env_axis_name beside environments that it
+        has.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, hardvary
@@ -499,26 +518,35 @@ def value_and_env_grads(
         problem = Problem(loss_fn, argnums, has_aux, in_axes, args, kwargs, axis_name)
         sharding.refuse_sharded_parameters(problem.params, "value_and_env_grads")
         axes = sharding.explicit_axes(problem.batch)
-        if axes:
+        if axes and env_axis_name is not None:
             raise ValueError(
-                "value_and_env_grads takes environments of one device, and an explicit "
-                f"mesh has spread these over {axes}; value_and_grad_stats takes them, "
-                f"or call it inside jax.shard_map with axis_name={axes!r}"
+                f"env_axis_name={env_axis_name!r} is the axis of environments that are "
+                f"on one device, and an explicit mesh has spread these over {axes}; "
+                "value_and_grad_stats takes them, or call value_and_env_grads inside "
+                f"jax.shard_map with axis_name={axes!r} and name these axes in the "
+                "loss's collectives, too"
             )
         weights = checked_weights(
             env_weights, problem.num_envs, axis_name, "value_and_env_grads"
         )
-        if size is not None and problem.num_envs % size:
+        local = problem.num_envs // sharding.size_of(axes)
+        if size is not None and local % size:
+            of_device = " of a device" if axes else ""
             raise ValueError(
-                f"microbatch_size must divide the number of environments, got {size} "
-                f"for {problem.num_envs}"
+                f"microbatch_size must divide the number of environments{of_device}, "
+                f"got {size} for {local}"
             )
-        if size is not None and size < problem.num_envs:
-            source = Microbatches(problem, size, axis_name)
+        parts = size if size is not None and size < local else None
+        if axes or parts is not None:
+            if axes:
+                value, source = spread_environments(problem, parts, axes, axis_name)
+            else:
+                assert parts is not None
+                source = Microbatches(problem, parts, axis_name)
+                value = source.value()
             everything = range(len(jax.tree.leaves(problem.params)))
             grads = answered([(everything, source)], problem.params, weights, axis_name)
-            losses, aux = source.value()
-            return ((losses, aux) if has_aux else losses), grads
+            return (value if has_aux else value[0]), grads
         traced = Traced(
             problem.loss,
             problem.params,
@@ -543,7 +571,7 @@ def checked_weights(
 ) -> st.EnvWeights | None:
     if env_weights is None:
         return None
-    values = _validate.env_weights(env_weights, num_envs, name)
+    values = sharding.gather(_validate.env_weights(env_weights, num_envs, name))
     return st.make_weights(values, axis_name)
 
 

@@ -133,7 +133,7 @@ class Gradients:
             )
         return [
             sharding.all_rows(
-                st.present(jnp.asarray(leaf), self.weights), self.axis_name
+                st.present(sharding.gather(leaf), self.weights), self.axis_name
             )
             for leaf in self.leaves
         ]
@@ -180,7 +180,7 @@ class Gradients:
         if devices > 1:
             what += " of this device's environments"
         array = _validate.of_envs(what, values, self.num_envs // devices, self.name)
-        return sharding.all_rows(array, axis_name)
+        return sharding.all_rows(sharding.gather(array), axis_name)
 
 
 def read(
@@ -219,7 +219,7 @@ def read(
         weights = None
         if env_weights is not None and num_envs is not None:
             values = _validate.env_weights(env_weights, num_envs, name)
-            weights = st.make_weights(values, axis_name)
+            weights = st.make_weights(sharding.gather(values), axis_name)
         return Gradients(name, treedef, leaves, weights, axis_name)
     if env_weights is not None:
         raise ValueError(

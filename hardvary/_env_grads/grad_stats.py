@@ -14,7 +14,7 @@ from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
 from hardvary._env_grads.stacked import value_and_stacked
 from hardvary._typing import AxisName, PyTree
-from hardvary.fused.rules import sum_over_envs as fused_sums
+from hardvary.fused.rules import AllRules
 from hardvary.fused.traced import Traced, check_collectives
 
 METHODS = ("fused", "scan", "vmap")
@@ -317,7 +317,8 @@ def value_and_grad_stats(
         def sums_of(batch: Any, weights: st.EnvWeights | None) -> Any:
             if method == "fused":
                 traced = Traced(problem.loss, params, batch, env_axis_name, axes)
-                return fused_sums(traced, keys, weights), (traced.losses, traced.aux)
+                sums = AllRules(traced).sums(keys, weights)
+                return sums, (traced.losses, traced.aux)
             value, grads = value_and_stacked(problem, params, batch, env_axis_name)
             leaves = jax.tree.leaves(grads)
             return st.sum_over_envs(leaves, keys, weights), value
@@ -353,26 +354,23 @@ def value_and_grad_stats(
         """
         names = (*sharding.names_of(axis_name), *axes)
 
-        def local(params: PyTree, batch: Any, values: jax.Array | None) -> Any:
-            params = sharding.vary_like(params, batch, axes or None)
+        def local(
+            params: PyTree, shared: Any, batch: Any, values: jax.Array | None
+        ) -> Any:
+            own = problem.elsewhere(params, shared, batch)
             weights = None if values is None else st.make_weights(values, names or None)
-            sums, value = sums_of_batch(params, problem, batch, weights, names)
+            sums, value = sums_of_batch(params, own, batch, weights, names)
             total = st.total_weight(len(batch[0]), weights)
             sums, total = st.over_devices(sums, total, names or None)
             ordered = [sums[s] for s in st.summed(wanted, values is not None)]
             return ordered, st.as_total(total), value
 
         if not axes:
-            return local(problem.params, problem.batch, values)
-        return jax.shard_map(
-            local,
-            in_specs=(jax.P(), jax.P(axes), jax.P(axes)),
-            out_specs=(jax.P(), jax.P(), jax.P(axes)),
-            axis_names=set(axes),
-        )(
-            problem.params,
-            sharding.spread_over(problem.batch, axes),
-            sharding.spread_over(values, axes),
+            return local(problem.params, problem.shared, problem.batch, values)
+        out_specs = jax.P(), jax.P(), jax.P(axes)
+        spread = problem.batch, values
+        return sharding.on_devices(
+            local, axes, problem.params, problem.shared, spread, out_specs
         )
 
     def value_and_stats_fn(*args: Any, env_weights: Any = None, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Gradients of more environments than fit at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from hardvary._env_grads.statistics import (
     sums_by_parts,
 )
 from hardvary._typing import AxisName
-from hardvary.fused.rules import bound_rules, sum_over_envs
+from hardvary.fused.rules import AllRules
 from hardvary.fused.rules.inner_products import gramian_by_blocks, in_parts
 from hardvary.fused.traced import Traced
 
@@ -46,7 +46,7 @@ class Microbatches(Source):
 
     def sums(self, statistics: Sequence[Statistic], weights: EnvWeights | None) -> Sums:
         def sums_of(batch: Any, weights: EnvWeights | None) -> Any:
-            return sum_over_envs(self._pass(batch), statistics, weights), None
+            return self._pass(batch).sums(statistics, weights), None
 
         sums, _ = sums_by_parts(
             sums_of,
@@ -58,7 +58,7 @@ class Microbatches(Source):
         return sums
 
     def stack(self) -> list[jax.Array]:
-        return self._of_parts(lambda grad: grad)
+        return in_parts(self._stacked, self._problem.batch, self._size)
 
     def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
         return gramian_by_blocks(
@@ -66,21 +66,15 @@ class Microbatches(Source):
         )
 
     def square_norms(self) -> list[jax.Array]:
-        return self._of_parts(square_norms)
-
-    def _of_parts(self, function: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
         def some(batch: Any) -> list[jax.Array]:
-            return [function(grad) for grad in self._stacked(batch)]
+            return [square_norms(grad) for grad in self._stacked(batch)]
 
         return in_parts(some, self._problem.batch, self._size)
 
     def _stacked(self, batch: Any) -> list[jax.Array]:
-        result: list[Any] = [None] * len(self._leaves)
-        for rule in bound_rules(self._pass(batch)):
-            for i, grad in zip(rule.group.leaves, rule.stack(), strict=True):
-                result[i] = grad
-        return result
+        return self._pass(batch).stack()
 
-    def _pass(self, batch: Any) -> Traced:
+    def _pass(self, batch: Any) -> AllRules:
         problem = self._problem
-        return Traced(problem.loss, problem.params, batch, None, self._axes)
+        traced = Traced(problem.loss, problem.params, batch, None, self._axes)
+        return AllRules(traced)

@@ -1,5 +1,6 @@
 """A loss with its parameters and the batches of all environments, checked."""
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -146,6 +147,24 @@ class Problem:
         # Its loss may also differ between devices by a shared argument or, which only
         # axis_name tells, by what it closes over.
         self.params = sharding.vary_like(params, list(others.values()), axis_name)
+
+    @property
+    def shared(self) -> list[list[jax.Array]]:
+        """Arrays that all environments share, a list for each argument."""
+        return [part.shared() for part in self._parts.values()]
+
+    def elsewhere(
+        self, params: PyTree, shared: Sequence[Any], batch: Sequence[jax.Array]
+    ) -> "Problem":
+        """The same loss of other arrays, and of other environments."""
+        result = copy.copy(self)
+        result.params, result.batch = params, list(batch)
+        result._parts = {
+            key: part.sharing(own)
+            for (key, part), own in zip(self._parts.items(), shared, strict=True)
+        }
+        result.num_envs = len(batch[0])
+        return result
 
     def loss(
         self, params: PyTree, env_batch: Sequence[jax.Array]
@@ -344,6 +363,24 @@ class _Mapped:
             # jax.vmap knows containers that it maps as a whole, such as BCOO: an
             # element of one is not what has the elements of its leaves.
             result += jax.vmap(flatten, in_axes=axis)(subtree)
+        return result
+
+    def shared(self) -> list[jax.Array]:
+        """Arrays of the parts that environments share."""
+        subtrees = [subtree for axis, subtree in self._subtrees if axis is None]
+        return [x for x in jax.tree.leaves(subtrees) if isinstance(x, jax.Array)]
+
+    def sharing(self, arrays: Sequence[jax.Array]) -> "_Mapped":
+        """The argument with others in the place of `shared()`."""
+        result, rest = copy.copy(self), iter(arrays)
+
+        def other(leaf: Any) -> Any:
+            return next(rest) if isinstance(leaf, jax.Array) else leaf
+
+        result._subtrees = [
+            (axis, jax.tree.map(other, subtree) if axis is None else subtree)
+            for axis, subtree in self._subtrees
+        ]
         return result
 
     def rebuild(self, remaining: list[Any]) -> Any:

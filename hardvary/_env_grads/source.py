@@ -55,9 +55,17 @@ class Source(abc.ABC):
         """`[env]`, the diagonal of `gramian`, of the environments of this device."""
         return [square_norms(grad) for grad in self.stack()]
 
+    def alone(self, index: int) -> "Source":
+        """The gradients of one parameter, for what is asked of its layer."""
+        del index
+        return self
+
     @property
     def num_inputs(self) -> int | None:
-        """Inputs of the layer that the only parameter is the weights of, if it is."""
+        """Inputs of the layer that the only parameter is the weights of, if it is.
+
+        This and what follows are asked of what `alone` returns.
+        """
         return None
 
     def input_moment(self, weights: EnvWeights | None) -> jax.Array:

@@ -106,13 +106,13 @@ def _holds_tracers(function: Callable[..., Any], params: PyTree, batch: PyTree) 
 
     A value that is bound only here looks the same; then nothing is promised.
     """
-
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        aval = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-    program = jax.make_jaxpr(function)(*jax.tree.map(shape, (params, batch)))
+    program = jax.make_jaxpr(function)(*jax.tree.map(shape_of, (params, batch)))
     return any(isinstance(const, jax.core.Tracer) for const in _constants(program))
+
+
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """A forward and a backward pass over all environments, and what they leave behind."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,11 @@ from hardvary._typing import PyTree
 from hardvary.fused.collectives import refuse_mixed_parameters
 from hardvary.fused.equations import as_array
 from hardvary.fused.program import Bindings, Kind, Value
-from hardvary.fused.refusals import naming_the_way_out, refuse_side_effects
+from hardvary.fused.refusals import (
+    naming_the_way_out,
+    refuse_side_effects,
+    shape_of,
+)
 from hardvary.fused.tracing import build
 
 LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
@@ -56,16 +61,53 @@ class Traced:
         live = [i == 0 for i in range(output_tree.num_leaves)]
         refuse_mixed_parameters(closed, kinds, live, device_axes)
         with self.guard():
-            consts = [Value(jax.typeof(const), Kind.CONST) for const in closed.consts]
-            self.program = build(closed.jaxpr, consts, kinds, live)
-            self.env = Bindings()
-            self.env.update(consts, list(map(as_array, closed.consts)))
-            self.env.update(self.program.inputs[: len(self.leaves)], self.leaves)
+            values = [Value(jax.typeof(const), Kind.CONST) for const in closed.consts]
+            self._consts = values, closed.consts
+            self.program = build(closed.jaxpr, values, kinds, live)
             # Not inside of the vmap: what a user's rule computes there stays there.
-            self.program.run_hoisted(self.env)
+            self.env = self._hoisted()
             run = jax.vmap(self._one, axis_name=axis_name)
             outputs, self.saved, self.cotangents = run(batch)
         self.losses, self.aux = jax.tree.unflatten(output_tree, outputs)
+
+    def _hoisted(self) -> Bindings:
+        env = Bindings()
+        values, consts = self._consts
+        env.update(values, list(map(as_array, consts)))
+        env.update(self.program.inputs[: len(self.leaves)], self.leaves)
+        self.program.run_hoisted(env)
+        return env
+
+    def emptied(self) -> "Traced":
+        """The pass without its arrays, which `filled` puts back."""
+        result = copy.copy(self)
+        loss_fn, params, batch, axis_name = self._problem
+        params, batch = jax.tree.map(shape_of, (params, batch))
+        result._problem = loss_fn, params, batch, axis_name
+        values, consts = self._consts
+        result._consts = values, [None if _is_traced(c) else c for c in consts]
+        result.leaves, result.env = [], Bindings()
+        result.saved = result.cotangents = result.losses = result.aux = None
+        return result
+
+    @property
+    def traced_consts(self) -> list[Any]:
+        """Constants of the loss that are known only where the pass runs."""
+        return [const for const in self._consts[1] if _is_traced(const)]
+
+    def filled(
+        self, leaves: Sequence[Any], consts: Sequence[Any], saved: Any, cotangents: Any
+    ) -> "Traced":
+        """The pass with parameters, `traced_consts` and what it left behind."""
+        result, rest = copy.copy(self), iter(consts)
+        values, known = self._consts
+        result._consts = values, [next(rest) if c is None else c for c in known]
+        result.leaves = list(leaves)
+        result.saved, result.cotangents = saved, cotangents
+        with self.guard():
+            # Again: parameters alone determine it, and XLA finds what is there twice.
+            result.env = result._hoisted()
+        return result
 
     def _one(self, env_batch: PyTree) -> Any:
         """Outputs, and what the uses need, of one environment."""
@@ -139,6 +181,10 @@ def _stage(
 
     jax.vmap(one, axis_name=axis_name)(batch)
     return found[-1]
+
+
+def _is_traced(const: Any) -> bool:
+    return isinstance(const, jax.core.Tracer)
 
 
 def _is_reference(var: Any) -> bool:

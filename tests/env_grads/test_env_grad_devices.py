@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import hardvary
+from hardvary import sharding
 from tests._asserts import assert_trees_close
 from tests._compat import set_mesh
-from tests.fused._answers import ANSWERS, ask, signed_weights
+from tests.fused._answers import ANSWERS, ask, make_env_oracle, signed_weights
+from tests.fused._models import build
 from tests.zoo import compile_quickly
 
 NUM_ENVS, DEVICES = 8, 4
@@ -145,6 +147,7 @@ RULES = {
     "and_mask": functools.partial(hardvary.and_mask, 0.25, rescale=True),
     "sand_mask": functools.partial(hardvary.sand_mask, 0.2, sharpness=2.0),
     "weighting": functools.partial(hardvary.weighting, normalised),
+    "upgrad": hardvary.upgrad,
     "imtl_g": hardvary.imtl_g,
     # Every device has to draw the same.
     "pcgrad": functools.partial(hardvary.pcgrad, 0),
@@ -272,15 +275,240 @@ def test_a_model_trains_the_same_on_devices_that_share_its_environments(mesh):
     )
 
 
-def test_env_grads_of_an_explicitly_sharded_batch_name_the_way_to_have_them():
-    mesh = jax.make_mesh(
-        (DEVICES,),
-        ("env",),
-        axis_types=(jax.sharding.AxisType.Explicit,),
-        devices=jax.devices()[:DEVICES],
+# Meshes with explicit axes: types carry the sharding, and nobody names an axis.
+
+
+def explicit_mesh(shape=(DEVICES,), names=("env",)):
+    return jax.make_mesh(
+        shape,
+        names,
+        axis_types=(jax.sharding.AxisType.Explicit,) * len(shape),
+        devices=jax.devices()[: np.prod(shape)],
     )
-    sharding = jax.sharding.NamedSharding(mesh, P("env"))
-    batch = jax.device_put(BATCH, sharding)
-    message = r"value_and_grad_stats takes them, or call it inside jax\.shard_map"
-    with set_mesh(mesh), pytest.raises(ValueError, match=message):
-        hardvary.env_grads(loss_fn)(PARAMS, batch)
+
+
+def place(mesh, tree, spec=None):
+    spec = P("env") if spec is None else spec
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+
+def answers_of(params, batch, weights, **settings):
+    oracle = hardvary.value_and_env_grads(loss_fn, **settings)
+    losses, grads = oracle(params, batch, env_weights=weights)
+    answers = ask(grads, signed_weights(NUM_ENVS), stack=True)
+    tree = {
+        "gramian": hardvary.gramian(grads),
+        "norms": hardvary.norms(grads),
+        "mask": hardvary.mask(grads, 0.25),
+        "agreement": hardvary.agreement(grads),
+    }
+    return losses, answers, tree
+
+
+@pytest.mark.parametrize(
+    ("weighted", "settings"),
+    [(False, {}), (True, {}), (True, {"microbatch_size": 1})],
+    ids=["plain", "weighted", "microbatches"],
+)
+def test_answers_on_an_explicit_mesh_equal_one_device(weighted, settings):
+    mesh = explicit_mesh()
+    run = compile_quickly(functools.partial(answers_of, **settings))
+    with set_mesh(mesh):
+        weights = place(mesh, WEIGHTS) if weighted else None
+        actual = run(PARAMS, place(mesh, BATCH), weights)
+    losses, answers, _ = actual
+    assert_trees_close(actual, on_one_device(weighted), rtol=1e-4, atol=1e-5)
+    # Stacked gradients stay where their environments are.
+    stacks = jax.tree.leaves(answers.pop("stack"))
+    assert {leaf.sharding.spec[0] for leaf in [losses, *stacks]} == {"env"}
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(answers))
+
+
+def test_answers_on_a_mesh_whose_axes_share_the_environments_equal_one_device():
+    mesh = explicit_mesh((2, 2), ("host", "chip"))
+    spec = P(("host", "chip"))
+    with set_mesh(mesh):
+        actual = compile_quickly(answers_of)(
+            PARAMS, place(mesh, BATCH, spec), place(mesh, WEIGHTS, spec)
+        )
+    assert_trees_close(actual, on_one_device(True), rtol=1e-4, atol=1e-5)
+
+
+def test_answers_beside_an_explicit_axis_for_something_else_equal_one_device():
+    # The weights come without a sharding of their own.
+    mesh = explicit_mesh((2, 2), ("env", "model"))
+    with set_mesh(mesh):
+        actual = compile_quickly(answers_of)(PARAMS, place(mesh, BATCH), WEIGHTS)
+    assert_trees_close(actual, on_one_device(True), rtol=1e-4, atol=1e-5)
+
+
+def test_answers_inside_shard_map_over_another_axis_equal_one_device():
+    mesh = explicit_mesh((2, 2), ("host", "env"))
+
+    def run(params, batch, weights):
+        oracle = hardvary.env_grads(loss_fn, axis_name="host")
+        batch, weights = sharding.spread_over((batch, weights), ("env",))
+        grads = oracle(params, batch, env_weights=weights)
+        return without_axes(ask(grads, signed_weights(NUM_ENVS)))
+
+    over = compile_quickly(
+        jax.shard_map(
+            run,
+            in_specs=(P(), P("host"), P("host")),
+            out_specs=P(),
+            axis_names={"host"},
+        )
+    )
+    with set_mesh(mesh):
+        actual = over(PARAMS, *place(mesh, (BATCH, WEIGHTS), P("host")))
+    expected = without_axes(on_one_device(True)[1])
+    del expected["stack"]
+    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_of_a_sharded_batch_under_plain_jit_equal_one_device(mesh):
+    actual = compile_quickly(answers_of)(
+        PARAMS, place(mesh, BATCH), place(mesh, WEIGHTS)
+    )
+    assert_trees_close(actual, on_one_device(True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["oracle", "stacked"])
+def test_aggregators_on_an_explicit_mesh_equal_one_device(source):
+    mesh = explicit_mesh()
+
+    def run(params, batch, weights):
+        if source == "oracle":
+            return updates_of(params, batch, weights)
+        grads = hardvary.env_grads(loss_fn)(params, batch)
+        grads = jax.tree.map(lambda grad: grad.stack(), grads)
+        return {
+            name: make().update(grads, make().init(params), env_weights=weights)
+            for name, make in RULES.items()
+        }
+
+    with set_mesh(mesh):
+        actual = compile_quickly(run)(PARAMS, place(mesh, BATCH), place(mesh, WEIGHTS))
+    assert_trees_close(actual, updates_on_one_device(), rtol=1e-3, atol=1e-5)
+
+
+def test_whitening_and_losses_as_arguments_on_an_explicit_mesh_equal_one_device():
+    params = {"hidden": normal(5, 4), "bias": normal(4), "readout": normal(4, 3)}
+    batch = {"x": normal(NUM_ENVS, 6, 5), "y": normal(NUM_ENVS, 6, 3)}
+    rules = {
+        "whiten": hardvary.whiten_inputs(hardvary.upgrad(), every=1),
+        "log_losses": hardvary.spectral_and_mask(0.5, log_losses=True),
+    }
+
+    def dense(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params["hidden"] + params["bias"][None])
+        return jnp.mean(jnp.square(hidden @ params["readout"] - batch["y"]))
+
+    @compile_quickly
+    def run(params, batch, weights):
+        oracle = hardvary.value_and_env_grads(dense)
+        losses, grads = oracle(params, batch, env_weights=weights)
+        return [
+            tx.update(grads, tx.init(params), params, env_losses=losses)[0]
+            for tx in rules.values()
+        ]
+
+    expected = run(params, batch, WEIGHTS)
+    mesh = explicit_mesh()
+    with set_mesh(mesh):
+        actual = run(params, *place(mesh, (batch, WEIGHTS)))
+    assert_trees_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+# Loops, convolutions that are used once and several times, groups that meet.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gru_by_scan",
+        "nested_scans",
+        "dense_several_rows",
+        "embedding_used_as_output_too",
+        "hypernetwork",
+        "conv_used_twice",
+        "weight_norm",
+    ],
+)
+def test_zoo_on_an_explicit_mesh_equals_one_device(name):
+    params, _, batch = build(name)
+    weights = np.array([1, 2, 0, 0, 0.5, 3], np.float32)
+    run = compile_quickly(make_env_oracle(name))
+    expected = run(params, batch, signed_weights(6), weights)
+    mesh = explicit_mesh((3,))
+    with set_mesh(mesh):
+        actual = run(
+            params, place(mesh, batch), signed_weights(6), place(mesh, weights)
+        )
+    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def scaled_loss(params, batch, scale):
+    # A loop that begins with zeros: a loss knows nothing of shard_map.
+    def body(total, _):
+        return total + jnp.sum(params * batch * scale), None
+
+    total, _ = jax.lax.scan(body, jnp.zeros(()), None, length=2)
+    return total**2
+
+
+@pytest.mark.parametrize("spec", [P(), P("env")], ids=["replicated", "spread"])
+def test_what_environments_share_on_an_explicit_mesh_equals_one_device(spec):
+    params, batch, scale = normal(4), normal(NUM_ENVS, 4), normal(4, seed=1)
+    settings = {"in_axes": (None, 0, None)}
+
+    @compile_quickly
+    def run(params, batch, scale):
+        gradients = hardvary.env_grads(scaled_loss, **settings)
+        parts = hardvary.env_grads(scaled_loss, microbatch_size=1, **settings)
+        stats = hardvary.grad_stats(scaled_loss, **settings)(params, batch, scale)
+        gramians = [f(params, batch, scale).gramian() for f in (gradients, parts)]
+        return gramians, stats.mean, stats.sign_sum
+
+    expected = run(params, batch, scale)
+    mesh = explicit_mesh()
+    with set_mesh(mesh):
+        actual = run(params, place(mesh, batch), place(mesh, scale, spec))
+    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("oracle", [hardvary.env_grads, hardvary.grad_stats])
+def test_a_loss_that_closes_over_an_array_of_an_explicit_mesh_is_told_what_to_do(
+    oracle,
+):
+    mesh = explicit_mesh()
+
+    @jax.jit
+    def run(params, batch, scale):
+        return oracle(functools.partial(scaled_loss, scale=scale))(params, batch).mean
+
+    errors = (ValueError, NotImplementedError)
+    message = "(?i)closing over inputs|context mesh"
+    with set_mesh(mesh), pytest.raises(errors, match=message) as raised:
+        run(normal(4), place(mesh, normal(NUM_ENVS, 4)), normal(4))
+    assert "in_axes={argument: None}" in " ".join(raised.value.__notes__)
+
+
+def test_a_mesh_that_is_not_at_hand_names_the_way_to_have_it():
+    batch = place(explicit_mesh(), BATCH)
+    for oracle in (hardvary.env_grads, hardvary.grad_stats):
+        with pytest.raises(
+            ValueError, match=r"explicit axes \('env',\) .*mesh\(mesh\)"
+        ):
+            oracle(loss_fn)(PARAMS, batch)
+
+
+def test_what_an_explicit_mesh_does_not_allow_names_the_way_to_have_it():
+    mesh = explicit_mesh((2, 2), ("env", "model"))
+    batch = place(mesh, BATCH)
+    split = PARAMS | {"table": place(mesh, PARAMS["table"], P("model"))}
+    with set_mesh(mesh):
+        with pytest.raises(ValueError, match=r"replicated over the mesh.*'table'"):
+            hardvary.env_grads(loss_fn)(split, batch)
+        with pytest.raises(ValueError, match="of a device, got 3 for 4"):
+            hardvary.env_grads(loss_fn, microbatch_size=3)(PARAMS, batch)
+        with pytest.raises(ValueError, match="value_and_grad_stats takes them"):
+            hardvary.env_grads(loss_fn, env_axis_name="batch")(PARAMS, batch)

@@ -4,10 +4,13 @@ To add one: a file with a subclass of `Rule`, an entry in `RULES`, a case in `de
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import jax
+
+from hardvary._env_grads.source import Source
 from hardvary._env_grads.statistics import EnvWeights, Statistic, Sums
+from hardvary._typing import AxisName
 from hardvary.fused.grouping import Group, groups_of
 from hardvary.fused.program import Program
 from hardvary.fused.rules import convolution, factors, layout, lookup, product
@@ -87,16 +90,40 @@ def bound_rules(traced: Traced) -> list[Rule]:
     return [RULES[d.rule](traced, d.group) for d in decisions(traced)]
 
 
-def sum_over_envs(
-    traced: Traced, statistics: Sequence[Statistic], weights: EnvWeights | None
-) -> Sums:
-    """Sums of statistics, lists in the order of the parameters."""
-    result: dict[Statistic, list[Any]] = {
-        statistic: [None] * len(traced.leaves) for statistic in statistics
-    }
-    for rule in bound_rules(traced):
-        sums = rule.sums(statistics, weights)
-        for statistic in statistics:
-            for i, total in zip(rule.group.leaves, sums[statistic], strict=True):
-                result[statistic][i] = total
-    return result
+class AllRules(Source):
+    """The gradients of all parameters, as the rules of their groups have them."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.num_envs = traced.num_envs
+        self._rules = bound_rules(traced)
+        self._at = {i: rule for rule in self._rules for i in rule.group.leaves}
+
+    def sums(self, statistics: Sequence[Statistic], weights: EnvWeights | None) -> Sums:
+        sums = {rule: rule.sums(statistics, weights) for rule in self._rules}
+
+        def of(statistic: Statistic) -> list[jax.Array]:
+            return self._of_all(lambda rule: sums[rule][statistic])
+
+        return {statistic: of(statistic) for statistic in statistics}
+
+    def combine(self, weights: EnvWeights) -> list[jax.Array]:
+        return self._of_all(lambda rule: rule.combine(weights))
+
+    def stack(self) -> list[jax.Array]:
+        return self._of_all(lambda rule: rule.stack())
+
+    def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
+        return self._of_all(lambda rule: rule.gramian(axis_name))
+
+    def square_norms(self) -> list[jax.Array]:
+        return self._of_all(lambda rule: rule.square_norms())
+
+    def alone(self, index: int) -> Source:
+        return self._at[index]
+
+    def _of_all(self, ask: Callable[[Rule], list[jax.Array]]) -> list[jax.Array]:
+        """Answers in the order of the parameters."""
+        found: dict[int, jax.Array] = {}
+        for rule in self._rules:
+            found.update(zip(rule.group.leaves, ask(rule), strict=True))
+        return [found[i] for i in sorted(found)]
