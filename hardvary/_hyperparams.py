@@ -164,7 +164,8 @@ def spread(
             f"{rule} that is a prefix of params; "
             f"{_difference(value, tree, path, ends)}. Make it from params with "
             "jax.tree_util.tree_map_with_path, or put one where all leaves below are "
-            "to share it"
+            "to share it. Containers count: of a flax State it is "
+            "nnx.State({layer: ...}), with numbers in place of its Params"
         )
     children = zip(_children(value), _children(tree), strict=True)
     for (key, below), (_, part) in children:

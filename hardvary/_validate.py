@@ -210,7 +210,8 @@ def stacked_gradients(grads: PyTree, params: PyTree | None, name: str) -> int | 
                     "it has no environment axis: pass what hardvary's "
                     "value_and_env_grads, grad_stats or per_env_grad return, and put "
                     "what averages or adds up gradients behind the aggregator, "
-                    "optax.MultiSteps too"
+                    "optax.MultiSteps too; of two aggregators in a chain the first "
+                    "leaves nothing to the second"
                     if shape == np.shape(param)
                     else "the axes after the first must be the parameter's"
                 )

@@ -29,6 +29,19 @@ def names_of(axis_name: AxisName | None) -> tuple[str, ...]:
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
+def check_bound(axis_name: AxisName | None, what: str) -> None:
+    """Raises ValueError unless `axis_name` is mapped where this is traced."""
+    for name in names_of(axis_name):
+        try:
+            jax.lax.axis_size(name)
+        except NameError as error:
+            raise ValueError(
+                f"{what}: axis_name={axis_name!r}, and no axis {name!r} is mapped "
+                "here; call it inside of the jax.shard_map or jax.vmap that maps over "
+                "it, by the name that it has there"
+            ) from error
+
+
 # Values that differ between the devices of a mapped axis.
 
 

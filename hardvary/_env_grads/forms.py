@@ -203,8 +203,8 @@ def read(
       TypeError: gradients that are not real floating, forms that are mixed.
       ValueError: trees or shapes that do not match, stacked gradients without an
         environment axis or that disagree on it, or that are the same on all devices
-        although `axis_name` says that environments are spread over them, env_weights
-        beside another form.
+        although `axis_name` says that environments are spread over them, an `EnvGrad`
+        whose oracle was not given these axes, env_weights beside another form.
     """
     leaves, treedef = jax.tree.flatten(grads, is_leaf=is_leaf)
     kinds = {type(leaf) if is_leaf(leaf) else jax.Array for leaf in leaves}
@@ -236,6 +236,8 @@ def read(
             _check_stats(leaf, name, path, shape)
         elif leaf.shape != shape:
             raise ValueError(_other_shape(name, path, leaf.shape, shape))
+        else:
+            _check_summed(leaf, name, axis_name)
     return Gradients(name, treedef, leaves, None, axis_name)
 
 
@@ -254,6 +256,19 @@ def _check_spread(grads: PyTree, name: str, axis_name: AxisName | None) -> None:
                 "gradients of replicated parameters over devices; stack those of "
                 f"{_compat.vary_call('params', axes)}, or use per_env_grad, which does"
             )
+
+
+def _check_summed(leaf: EnvGrad, name: str, axis_name: AxisName | None) -> None:
+    """Raises ValueError where an `EnvGrad` answers for fewer devices than asked."""
+    own = sharding.names_of(leaf._answers.axis_name)
+    missing = [axis for axis in sharding.names_of(axis_name) if axis not in own]
+    if missing:
+        raise ValueError(
+            f"{name}: axis_name={axis_name!r}, but these gradients are of one device's "
+            f"environments, not of all along {', '.join(map(repr, missing))}: an "
+            "EnvGrad answers for the axes that its oracle was given, so give axis_name "
+            "to value_and_env_grads or env_grads"
+        )
 
 
 def _first(stats: GradStats) -> Any:

@@ -118,6 +118,7 @@ class Problem:
         kwargs: dict[str, Any],
         axis_name: AxisName | None = None,
     ) -> None:
+        sharding.check_bound(axis_name, "gradients of environments")
         self._single = isinstance(argnums, int)
         self._loss_fn, self._has_aux = loss_fn, has_aux
         self._in_axes, self._num_args = in_axes, len(args)

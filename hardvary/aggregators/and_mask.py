@@ -43,8 +43,9 @@ def and_mask(
         stays 0.
       max_rescale: cap of that factor, >= 1; None for none. Unused without `rescale`.
       axis_name: name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which
-        environments are spread; sums cross it with `jax.lax.psum`. Give it here or to
-        the gradient oracle: what the oracle has summed is not summed again.
+        environments are spread; sums cross it with `jax.lax.psum`. Give it to the
+        gradient oracle. Statistics and stacked gradients may leave it to this instead;
+        what the oracle has summed is not summed again.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `AggregatorState`. Its

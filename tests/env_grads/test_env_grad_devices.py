@@ -512,3 +512,50 @@ def test_what_an_explicit_mesh_does_not_allow_names_the_way_to_have_it():
             hardvary.env_grads(loss_fn, microbatch_size=3)(PARAMS, batch)
         with pytest.raises(ValueError, match="value_and_grad_stats takes them"):
             hardvary.env_grads(loss_fn, env_axis_name="batch")(PARAMS, batch)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda grads: hardvary.and_mask(0.5, axis_name="env").update(
+            grads, hardvary.and_mask(0.5).init(PARAMS)
+        ),
+        lambda grads: hardvary.upgrad(axis_name="env").update(
+            grads, hardvary.upgrad().init(PARAMS)
+        ),
+        lambda grads: hardvary.agreement(grads, axis_name="env"),
+        lambda grads: hardvary.gramian(grads, axis_name=("other", "env")),
+    ],
+    ids=["and_mask", "upgrad", "agreement", "gramian"],
+)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_an_axis_that_only_the_aggregator_was_given_is_refused(mesh, ask, check_vma):
+    def update(params, batch):
+        return ask(hardvary.env_grads(loss_fn)(params, batch))
+
+    over = spread(update, mesh, (P(), P("env")), check_vma=check_vma)
+    with pytest.raises(ValueError, match="give axis_name to value_and_env_grads"):
+        over(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize(
+    "oracle",
+    [
+        hardvary.env_grads,
+        hardvary.grad_stats,
+        functools.partial(hardvary.grad_stats, method="scan"),
+    ],
+    ids=["env_grads", "grad_stats", "scan"],
+)
+def test_an_axis_that_nothing_maps_is_named(mesh, oracle):
+    message = "axis_name='data', and no axis 'data' is mapped here"
+    grads = oracle(loss_fn, axis_name="data")
+    with pytest.raises(ValueError, match=message):
+        grads(PARAMS, BATCH, env_weights=WEIGHTS)
+    over = spread(
+        grads,
+        mesh,
+        (P(), P("env")),
+    )
+    with pytest.raises(ValueError, match=message):
+        over(PARAMS, BATCH)
