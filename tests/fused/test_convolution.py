@@ -377,10 +377,18 @@ def test_convolution_without_output_has_no_gradient(
     ],
     ids=["no_space", "no_inputs", "no_features", "no_examples"],
 )
-def test_convolution_of_nothing_has_no_gradient(x, kernel):
+@pytest.mark.parametrize("loops", [0, 1, 2])
+def test_convolution_of_nothing_has_no_gradient(x, kernel, loops):
+    def run(x, kernel):
+        return jnp.sum(jnp.cos(convolve(x, kernel, (1,), [(3, 3)])))
+
     def loss(p, x):
-        out = convolve(x, p["kernel"], (1,), [(3, 3)])
-        return jnp.sum(jnp.cos(out)) + p["scale"] * (1 + jnp.sum(x))
+        of = functools.partial(run, kernel=p["kernel"])
+        rows = x
+        for _ in range(loops):
+            of = functools.partial(jax.lax.map, of)
+            rows = jnp.stack([rows, 2 * rows])
+        return jnp.sum(of(rows)) + p["scale"] * (1 + jnp.sum(x))
 
     params = {"kernel": floats(*kernel), "scale": jnp.float32(2)}
     assert_equals_stacked(loss, params, floats(4, *x, seed=1))

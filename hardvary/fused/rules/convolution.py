@@ -77,7 +77,8 @@ def _as_examples(array: jax.Array, steps: int, batch: int) -> jax.Array:
         return array
     array = jnp.moveaxis(array, range(steps), range(batch, batch + steps))
     before, after = array.shape[:batch], array.shape[batch + steps + 1 :]
-    return array.reshape(*before, -1, *after)
+    examples = math.prod(array.shape[batch : batch + steps + 1])
+    return array.reshape(*before, examples, *after)
 
 
 def kernel_gradient(
