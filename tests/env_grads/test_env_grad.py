@@ -292,6 +292,47 @@ def test_a_present_environment_that_is_broken_shows_everywhere(problem):
     assert np.isfinite(answers["mean"]["unused"]).all()
 
 
+# Rows that an environment looks up: one, none in common, some more than once, some
+# twice in common, one out of range.
+ROWS = {
+    "one": [[3], [4], [3]],
+    "none_in_common": [[0, 1], [4, 5], [2, 3]],
+    "repeated": [[2, 2], [2, 4], [5, 5]],
+    "out_of_range": [[9], [1], [9]],
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_broken_lookup_has_the_gramian_of_stacked_gradients(name, value):
+    ids = jnp.array(ROWS[name])
+    scales = jnp.ones(ids.shape).at[0, 0].set(value)
+
+    def loss(table, env):
+        ids, scales = env
+        return jnp.sum(jnp.take(table, ids, axis=0, mode="fill") * scales[:, None])
+
+    table = jnp.arange(21.0).reshape(7, 3)
+    (row,) = hardvary.explain(loss, table, (ids, scales)).parameters
+    assert row.rule == "lookup"
+    assert row.gramian == "matching rows"
+
+    @compile_quickly
+    def run(table, batch):
+        grads = hardvary.env_grads(loss)(table, batch)
+        return grads.gramian(), grads.norms()
+
+    gramian, norms = run(table, (ids, scales))
+    rows = compile_quickly(jax.vmap(jax.grad(loss), (None, 0)))(table, (ids, scales))
+    rows = np.asarray(rows).reshape(3, -1)
+    with np.errstate(invalid="ignore"):  # infinity times 0
+        expected = rows @ rows.T
+    np.testing.assert_array_equal(np.isfinite(gramian), np.isfinite(expected))
+    np.testing.assert_array_equal(np.isfinite(norms), np.isfinite(np.diag(expected)))
+    there = np.isfinite(expected)
+    np.testing.assert_array_equal(np.asarray(gramian)[there], expected[there])
+
+
 def test_combine_leaves_out_what_has_weight_zero_even_where_it_is_broken(problem):
     params, loss_fn, batch = problem
     broken = poison(batch, 2)

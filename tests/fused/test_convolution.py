@@ -377,13 +377,62 @@ def test_convolution_without_output_has_no_gradient(
     ],
     ids=["no_space", "no_inputs", "no_features", "no_examples"],
 )
-def test_convolution_of_nothing_has_no_gradient(x, kernel):
+@pytest.mark.parametrize("loops", [0, 1, 2])
+def test_convolution_of_nothing_has_no_gradient(x, kernel, loops):
+    def run(x, kernel):
+        return jnp.sum(jnp.cos(convolve(x, kernel, (1,), [(3, 3)])))
+
     def loss(p, x):
-        out = convolve(x, p["kernel"], (1,), [(3, 3)])
-        return jnp.sum(jnp.cos(out)) + p["scale"] * (1 + jnp.sum(x))
+        of = functools.partial(run, kernel=p["kernel"])
+        rows = x
+        for _ in range(loops):
+            of = functools.partial(jax.lax.map, of)
+            rows = jnp.stack([rows, 2 * rows])
+        return jnp.sum(of(rows)) + p["scale"] * (1 + jnp.sum(x))
 
     params = {"kernel": floats(*kernel), "scale": jnp.float32(2)}
     assert_equals_stacked(loss, params, floats(4, *x, seed=1))
+
+
+# name: (input's space, window, strides, padding, further settings), where places of
+# the window see nothing but padding.
+NOTHING_TO_SEE = {
+    "patches_padded": ((3,), (4,), (4,), "SAME", {}),
+    "larger_than_the_image": ((3, 3), (7, 7), (1, 1), "SAME", {}),
+    "in_groups": ((3, 3), (7, 7), (1, 1), "SAME", {"feature_group_count": 2}),
+    "between_entries": ((4, 4), (3, 3), (2, 2), [(1, 1)] * 2, {"lhs_dilation": (2, 2)}),
+    "three_axes": ((2, 3, 2), (1, 4, 2), (1, 4, 2), "SAME", {}),
+}
+
+
+@pytest.mark.parametrize("features_last", [True, False], ids=["last", "first"])
+@pytest.mark.parametrize("name", NOTHING_TO_SEE)
+def test_broken_kernel_gradient_is_zero_where_the_window_sees_padding_alone(
+    name, features_last
+):
+    space, window, strides, padding, settings = NOTHING_TO_SEE[name]
+    groups = settings.get("feature_group_count", 1)
+    x, kernel = inputs(space, window, groups, 2 // groups, 2, features_last, rows=1)
+    x = jnp.stack([jnp.full_like(x, jnp.nan), x, jnp.ones_like(x)])
+
+    def loss(kernel, x):
+        out = convolve(x, kernel, strides, padding, features_last, **settings)
+        return jnp.sum(jnp.square(out))
+
+    @compile_quickly
+    def run(kernel, x):
+        grads = hardvary.env_grads(loss)(kernel, x)
+        # One environment after the other: mapped over, XLA multiplies padding by NaN.
+        one_by_one = lax.map(lambda x: jax.grad(loss)(kernel, x), x)
+        return grads.mean(), grads.stack(), one_by_one
+
+    mean, stacked, expected = run(kernel, x)
+    nothing = np.asarray(expected[2] == 0)
+    assert 0 < nothing.sum() < nothing.size
+    np.testing.assert_array_equal(np.isfinite(expected[0]), nothing)
+    np.testing.assert_array_equal(np.isfinite(mean), nothing)
+    np.testing.assert_array_equal(np.isfinite(stacked[0]), nothing)
+    assert not np.any(np.where(nothing, mean, 0))
 
 
 # Complex values on the way.

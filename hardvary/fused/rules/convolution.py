@@ -77,7 +77,8 @@ def _as_examples(array: jax.Array, steps: int, batch: int) -> jax.Array:
         return array
     array = jnp.moveaxis(array, range(steps), range(batch, batch + steps))
     before, after = array.shape[:batch], array.shape[batch + steps + 1 :]
-    return array.reshape(*before, -1, *after)
+    examples = math.prod(array.shape[batch : batch + steps + 1])
+    return array.reshape(*before, examples, *after)
 
 
 def kernel_gradient(
@@ -104,9 +105,27 @@ def kernel_gradient(
     if 0 in (data.size, cotangent.size, *shape):
         return jnp.zeros(shape, dtype)
     data, cotangent = data.astype(dtype), cotangent.astype(dtype)
-    if alone and _is_convolved_faster(data, cotangent, params, shape):
-        return _by_convolution(data, cotangent, params, shape)
-    return _by_pieces(data, cotangent, params, shape)
+    by_convolution = alone and _is_convolved_faster(data, cotangent, params, shape)
+    way = _by_convolution if by_convolution else _by_pieces
+    gradient = way(data, cotangent, params, shape)
+    return _without_padding(gradient, data, cotangent, params)
+
+
+def _without_padding(
+    gradient: jax.Array, data: jax.Array, cotangent: jax.Array, params: dict[str, Any]
+) -> jax.Array:
+    """`gradient` with zeros where the window sees nothing but padding.
+
+    It has them, unless a cotangent is not finite.
+    """
+    numbers = params["dimension_numbers"]
+    axes = _axes(data, cotangent, params, gradient.shape)
+    for axis, position in zip(axes, numbers.rhs_spec[2:], strict=True):
+        if not axis.meets_data.all():
+            shape = [1] * gradient.ndim
+            shape[position] = axis.window
+            gradient = jnp.where(axis.meets_data.reshape(shape), gradient, 0)
+    return gradient
 
 
 def _is_convolved_faster(
@@ -306,6 +325,18 @@ class _Axis:
     def reshaped(self) -> bool:
         """Whether windows do not overlap, so that a reshape tells them apart."""
         return self.window > 1 and (self.window - 1) * self.step < self.distance
+
+    @property
+    def meets_data(self) -> np.ndarray:
+        """`[window]`, whether a place sees an entry of the input anywhere."""
+        low, _ = self.pad
+        begins = np.arange(self.window)[:, None] * self.step - low
+        # From the first output that is not in front of the input; the gaps of a
+        # dilated one come round after as many.
+        outputs = np.maximum(-(begins // self.stride), 0) + np.arange(self.dilation)
+        seen = begins + outputs * self.stride
+        inside = (outputs < self.out) & (seen <= (self.size - 1) * self.dilation)
+        return np.any(inside & (seen % self.dilation == 0), axis=1)
 
     @property
     def starts(self) -> Sequence[int]:

@@ -37,6 +37,11 @@ def lookups(use: Use) -> int | None:
     return math.prod(indices.aval.shape[:-1]) if whole_rows else None
 
 
+def _times_zero(rows: jax.Array) -> jax.Array:
+    """Inner products of the last axis with zeros: 0, or NaN."""
+    return jnp.where(jnp.isfinite(rows).all(-1), 0, jnp.nan).astype(rows.dtype)
+
+
 class Lookup(Rule):
     """Touches only the rows of a table that were looked up."""
 
@@ -119,7 +124,12 @@ class Lookup(Rule):
             highest = jax.lax.Precision.HIGHEST
             products = jnp.einsum("erk,fsk->erfs", row, rows, precision=highest)
             same = index[:, :, None, None] == indices[None, None]
-            return jnp.sum(jnp.where(same, products, 0), axis=(1, 3))
+            total = jnp.sum(jnp.where(same, products, 0), axis=(1, 3))
+            # A row that only one of the two has meets zeros, which keep what is not
+            # finite.
+            mine = jnp.where(same.any(3), 0, _times_zero(row)[..., None]).sum(1)
+            other = jnp.where(same.any(1), 0, _times_zero(rows)).sum(2)
+            return total + mine + other
 
         at_most = self.elements() // max(num_envs * num_rows**2, 1)
         return in_parts(some, (indices, rows), divisor(num_envs, at_most))
