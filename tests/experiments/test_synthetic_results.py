@@ -234,3 +234,40 @@ def test_placement_on_moments_lets_more_through_and_fits_better():
         moments, gradients = runs["moments", seed], runs["gradients", seed]
         assert moments["kept_fraction"] > 0.15 > 0.05 > gradients["kept_fraction"]
         assert moments["loss"] < gradients["loss"]
+
+
+RULES_LABELS = {
+    "soft_and_mask": "soft AND-mask",
+    "majority_sign": "majority sign",
+    "grad_drop": "GradDrop",
+    "agr_rand": "Agr-Rand",
+    "upgrad": "UPGrad",
+}
+
+
+def row_of_rule(method):
+    folder = RESULTS / "rules"
+    rows = read_table(folder / f"{method}_seeds.csv")
+    assert [row["seed"] for row in rows] == [0, 1, 2, 3, 4]
+    tests = [row["test_accuracy"] for row in rows]
+    trials = read_table(folder / f"{method}_trials.csv")
+    assert len(trials) == 16
+    found = json.loads((folder / "searches.json").read_text())[method]
+    best = max(r["test_accuracy"] for r in trials if r["test_accuracy"] != "")
+    cells = [
+        RULES_LABELS[method],
+        f"{found['fitted']}, {found['diverged']}",
+        f"{best:.1%}",
+        f"{mean(rows, 'train_accuracy'):.1%}",
+        f"{mean(rows, 'held_out_accuracy'):.1%}",
+        f"**{statistics.fmean(tests):.1%}**",
+        f"{min(tests):.1%}",
+        f"{max(tests):.1%}",
+    ]
+    return f"| {' | '.join(cells)} |".replace("%", " %")
+
+
+def test_table_of_rules_is_that_of_their_searches_and_seeds():
+    page = (RESULTS.parent / "synthetic.md").read_text()
+    for method in RULES_LABELS:
+        assert row_of_rule(method) in page
