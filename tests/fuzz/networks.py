@@ -447,7 +447,15 @@ def pooled(build):
     # The largest of every two rows.
     if build.shape[0] % 2 == 0 and build.shape[0]:
         half = (build.shape[0] // 2, 2, *build.shape[1:])
-        build.add("pooled", lambda p, x: jnp.max(x.reshape(half), axis=1))
+
+        def layer(p, x):
+            # Not jnp.max: its gradient looks for the entry that equals the largest one.
+            # Compiled quickly, XLA may compute these twice, rounded in two ways, and
+            # where none is equal divide by their number.
+            first, second = (x.reshape(half)[:, i] for i in range(2))
+            return jnp.where(first > second, first, second)
+
+        build.add("pooled", layer)
 
 
 def patches(build):

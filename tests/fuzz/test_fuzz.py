@@ -19,6 +19,30 @@ def test_gradients_of_random_programs_equal_stacked_gradients(seed):
         assert outcome in FINE, f"seed {of_program}\n{given}\n{said}"
 
 
+# Text of a program, and its notes: stacked gradients, as XLA makes them, are not those
+# of the environments alone.
+NOT_BY_VMAP = {
+    "'feature_group_count': 4}": [
+        [3, 4, 3, 7, 26182, 0, 1, 0, 1, 0, 7, 5, 3, 0, 1],
+        [18, 2, 1, 2, 1, 1, 0, 0, 0, 0, 0, 1, 1],
+    ],
+    "patches of (2, 4), VALID plain -> (1, 2, 0, 2)": [
+        [0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0],
+        [0, 0, 0, 0],
+        [33, 1, 3, 1, 1, 0],
+    ],
+}
+
+
+@pytest.mark.parametrize("text", NOT_BY_VMAP, ids=["groups", "nothing_behind"])
+def test_broken_environment_is_held_to_its_own_gradient(text):
+    given = program(choices.noted(NOT_BY_VMAP[text]))
+    assert text in str(given)
+    assert given.broken == 0
+    outcome, said = run(given)
+    assert outcome is Outcome.RIGHT, f"{given}\n{said}"
+
+
 def test_noted_choices_give_the_same_program():
     parts = choices.drawn(7)
     first = program(parts)

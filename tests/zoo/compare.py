@@ -87,7 +87,7 @@ class Stacked:
         )
         zero = {
             path: (grad == 0) & (self.grads[path] == 0)
-            for path, grad in self._one_by_one.items()
+            for path, grad in self.one_by_one.items()
         }
         for grads in self._nearby:
             for path, grad in grads.items():
@@ -95,7 +95,7 @@ class Stacked:
         return zero
 
     @functools.cached_property
-    def _one_by_one(self):
+    def one_by_one(self):
         """`grads` without `vmap`: a compilation more, which is rarely needed."""
 
         @compile_quickly
