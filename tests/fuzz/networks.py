@@ -27,6 +27,7 @@ class Builder:
       params: name -> array.
       layers: `layer(params, x) -> x`.
       names: what was built, for the report of a failure.
+      is_cut: see `Network`.
     """
 
     pick: Callable[[Sequence[Any]], Any]
@@ -35,6 +36,7 @@ class Builder:
     params: dict = dataclasses.field(default_factory=dict)
     layers: list = dataclasses.field(default_factory=list)
     names: list = dataclasses.field(default_factory=list)
+    is_cut: bool = False
 
     def param(self, *shape, fan_in=1):
         name = f"p{len(self.params)}"
@@ -49,6 +51,7 @@ class Builder:
         }
         x = jax.ShapeDtypeStruct(self.shape, jnp.float32)
         self.shape = jax.eval_shape(layer, shapes, x).shape
+        self.is_cut = self.is_cut or 0 in self.shape
         self.layers.append(layer)
         self.names.append(f"{name} -> {self.shape}")
 
@@ -525,12 +528,15 @@ class Network:
       loss_fn: of them and one environment.
       batch: leaves `[env, ...]`.
       names: what it consists of, for the report of a failure.
+      is_cut: whether activations somewhere have no entries: nothing of the batch
+        reaches the loss.
     """
 
     params: dict
     loss_fn: Callable
     batch: dict
     names: list
+    is_cut: bool
 
     @property
     def num_envs(self):
@@ -601,4 +607,4 @@ def network(head, layers):
 
     names = [f"{num_envs} environments of {shape}", *build.names]
     names.append(f"decayed {decayed}, a single row {single_row}, a metric {metric}")
-    return Network(build.params, loss_fn, batch, names)
+    return Network(build.params, loss_fn, batch, names, build.is_cut)

@@ -175,33 +175,18 @@ def _definition(given):
         }
         expected = Stacked(loss_fn, params, wide)
         if given.broken is not None:
-            healthy = {**wide, "x": _model(given)[2]["x"]}
-            unreached = _unreached(loss_fn, params, healthy)
             # Mapped over environments, XLA's convolutions multiply NaN by zeros that
             # are none of the environment's: of other environments, where there are
             # groups, and of padding.
-            expected.grads = {
-                path: np.zeros_like(grad) if path in unreached else grad
-                for path, grad in expected.one_by_one.items()
-            }
+            expected.grads = expected.one_by_one
+            if given.network.is_cut:
+                # JAX pulls zeros from an array without entries, and an input of NaN
+                # makes NaN of them; the fused oracle pulls nothing.
+                whole = {**wide, "x": _model(given)[2]["x"]}
+                expected.grads = Stacked(loss_fn, params, whole).grads
         if given.weights is not None and 0 in given.weights:
             batch = poison(batch, int(np.argmin(given.weights)))
     return expected, batch
-
-
-def _unreached(loss_fn, params, batch):
-    """Paths of parameters that have no gradient because nothing leads to the loss.
-
-    Behind them there may be an array without entries, for one. JAX pulls zeros from
-    there, and an input of NaN makes NaN of them; the fused oracle does not pull at all.
-    That it is right about it, a batch without NaN has to confirm.
-    """
-    rows = hardvary.explain(loss_fn, params, batch).parameters
-    unused = {row.path for row in rows if row.rule == "unused"}
-    if not unused:
-        return unused
-    grads = Stacked(loss_fn, params, batch).grads
-    return {path for path in unused if not np.any(grads[path])}
 
 
 def _fused(given, batch):
