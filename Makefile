@@ -71,7 +71,7 @@ demo: $(DEMO_READY)  ## Train with plain averaging and with the AND-mask; draw t
 	$(RUN) -m experiments.synthetic compare --fitted-epochs 20 --out runs/demo
 
 test: lint  ## Lint, check types, run all tests.
-	$(RUN) -m pytest -n 3 --dist worksteal
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-oldest:  ## Test the library with the oldest versions that it takes (Python 3.11).
 	$(call new_venv,$(OLDEST_VENV),-r requirements-oldest.txt)
