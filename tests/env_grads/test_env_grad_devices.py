@@ -76,22 +76,24 @@ def spread(function, mesh, in_specs, out_specs=None, check_vma=True):
     )
 
 
+def answers_of(params, batch, weights, **settings):
+    oracle = hardvary.value_and_env_grads(loss_fn, **settings)
+    losses, grads = oracle(params, batch, env_weights=weights)
+    assert grads["bias"].num_envs == NUM_ENVS
+    answers = ask(grads, signed_weights(NUM_ENVS), stack=True)
+    tree = {
+        "gramian": hardvary.gramian(grads),
+        "norms": hardvary.norms(grads),
+        "mask": hardvary.mask(grads, 0.25),
+        "agreement": hardvary.agreement(grads),
+    }
+    return losses, answers, tree
+
+
 @functools.cache
 def on_one_device(weighted):
-    @compile_quickly
-    def run(params, batch, weights):
-        oracle = hardvary.value_and_env_grads(loss_fn)
-        losses, grads = oracle(params, batch, env_weights=weights)
-        answers = ask(grads, signed_weights(NUM_ENVS), stack=True)
-        tree = {
-            "gramian": hardvary.gramian(grads),
-            "norms": hardvary.norms(grads),
-            "mask": hardvary.mask(grads, 0.25),
-            "agreement": hardvary.agreement(grads),
-        }
-        return losses, answers, tree
-
-    return run(PARAMS, BATCH, WEIGHTS if weighted else None)
+    weights = WEIGHTS if weighted else None
+    return compile_quickly(answers_of)(PARAMS, BATCH, weights)
 
 
 def without_axes(answers):
@@ -112,16 +114,8 @@ def without_axes(answers):
 )
 def test_answers_over_devices_equal_one_device(mesh, weighted, check_vma):
     def run(params, batch, weights):
-        oracle = hardvary.value_and_env_grads(loss_fn, axis_name="env")
-        losses, grads = oracle(params, batch, env_weights=weights if weighted else None)
-        assert grads["bias"].num_envs == NUM_ENVS
-        answers = ask(grads, signed_weights(NUM_ENVS), stack=True)
-        tree = {
-            "gramian": hardvary.gramian(grads),
-            "norms": hardvary.norms(grads),
-            "mask": hardvary.mask(grads, 0.25),
-            "agreement": hardvary.agreement(grads),
-        }
+        own = weights if weighted else None
+        losses, answers, tree = answers_of(params, batch, own, axis_name="env")
         return losses, without_axes(answers), tree
 
     over = spread(
@@ -290,19 +284,6 @@ def explicit_mesh(shape=(DEVICES,), names=("env",)):
 def place(mesh, tree, spec=None):
     spec = P("env") if spec is None else spec
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
-
-
-def answers_of(params, batch, weights, **settings):
-    oracle = hardvary.value_and_env_grads(loss_fn, **settings)
-    losses, grads = oracle(params, batch, env_weights=weights)
-    answers = ask(grads, signed_weights(NUM_ENVS), stack=True)
-    tree = {
-        "gramian": hardvary.gramian(grads),
-        "norms": hardvary.norms(grads),
-        "mask": hardvary.mask(grads, 0.25),
-        "agreement": hardvary.agreement(grads),
-    }
-    return losses, answers, tree
 
 
 @pytest.mark.parametrize(
