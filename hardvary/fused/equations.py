@@ -7,7 +7,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from hardvary import _compat
+from hardvary import _compat, sharding
 
 # Calls whose jaxpr may as well stand in their place: name -> where they hold it.
 INLINED = {
@@ -102,6 +102,19 @@ def consts_of(jaxpr: Any) -> Sequence[Any]:
 def has_references(eqn: Any) -> bool:
     """Whether an equation holds mutable references (`jax.new_ref`) of its own."""
     return any("MutableArray" in type(effect).__name__ for effect in eqn.effects)
+
+
+def spreads_nan(eqn: Any) -> bool:
+    """Whether a NaN of one environment reaches all, where an equation is mapped.
+
+    XLA on a CPU multiplies by zeros what is outside of a group. That is so of the
+    gradient of a kernel in groups, by itself or inside of the equation.
+    """
+    if not sharding.on_cpu():
+        return False
+    groups = [eqn.params.get(f"{kind}_group_count", 1) for kind in ("feature", "batch")]
+    inside = (e for jaxpr in _compat.jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
+    return max(groups) > 1 or any(map(spreads_nan, inside))
 
 
 def inexact(aval: Any) -> bool:

@@ -19,6 +19,7 @@ from hardvary.fused.equations import (
     consts_of,
     has_references,
     open_jaxpr,
+    spreads_nan,
 )
 from hardvary.fused.liveness import Liveness
 from hardvary.fused.loops import Loop, fixed_inputs
@@ -141,7 +142,9 @@ class _Builder:
         outputs = [Value(var.aval, Kind.BATCH) for var in eqn.outvars]
         if taken_apart and name == "scan" and eqn.params["length"] > 0:
             return self._loop(eqn, inputs, outputs, slopes, live)
-        if sides and name in OPERATIONS and not here:
+        # Copies of a kernel would have their gradients mapped.
+        apart = name in OPERATIONS or (taken_apart and spreads_nan(eqn))
+        if sides and apart and not here:
             live_outputs = [i for i, flag in enumerate(live) if flag]
             self._program.steps.append(
                 Operation(eqn, inputs, outputs, sides, live_outputs)

@@ -537,25 +537,83 @@ def test_kernel_of_a_loop_meets_all_of_its_steps(loops, groups):
     assert_equals_stacked(loss, kernel, jnp.stack([steps, 2 * steps[::-1], -steps]))
 
 
-@pytest.mark.parametrize("in_a_loop", [False, True])
-def test_convolution_in_groups_keeps_absent_environments_apart(in_a_loop):
+def grouped(kernel, row):
+    out = convolve(row, kernel, (1,), "SAME", feature_group_count=2)
+    return jnp.sum(jnp.tanh(out))
+
+
+@jax.custom_vjp
+def with_own_rule(kernel, row):
+    return grouped(kernel, row)
+
+
+with_own_rule.defvjp(
+    lambda *args: (grouped(*args), args),
+    lambda args, slope: jax.vjp(grouped, *args)[1](slope),
+)
+
+
+def branching(kernel, row):
+    return lax.cond(
+        jnp.sum(row) > 0, grouped, lambda *args: -grouped(*args), kernel, row
+    )
+
+
+def looped(function):
+    def over_rows(kernel, x):
+        def step(carry, row):
+            return carry, function(kernel, row)
+
+        return jnp.sum(lax.scan(step, 0.0, x)[1])
+
+    return over_rows
+
+
+def once(function):
+    return lambda kernel, x: function(kernel, x[0])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        once(grouped),
+        looped(grouped),
+        once(jax.checkpoint(grouped)),
+        once(branching),
+        once(with_own_rule),
+        looped(branching),
+        looped(with_own_rule),
+        lambda kernel, x: jax.checkpoint(branching)(kernel, x[0]),
+    ],
+    ids=[
+        "plain",
+        "loop",
+        "remat",
+        "branch",
+        "rule",
+        "branch in a loop",
+        "rule in a loop",
+        "branch in remat",
+    ],
+)
+def test_convolution_in_groups_keeps_environments_apart(loss):
     x, kernel = inputs((6,), (3,), 2, 2, 4, features_last=True)
     x = jnp.stack([x, 2 * x, -x])[:, None]
-
-    def loss(kernel, x):
-        def one(carry, row):
-            out = convolve(row, kernel, (1,), "SAME", feature_group_count=2)
-            return carry, jnp.sum(jnp.tanh(out))
-
-        return jnp.sum(lax.scan(one, 0.0, x)[1]) if in_a_loop else one(0.0, x[0])[1]
-
-    weights = jnp.array([1.0, 0.0, 2.0])
+    without = jnp.array([1.0, 0.0, 2.0])
 
     @compile_quickly
     def ask(kernel, x):
-        _, grad = hardvary.value_and_env_grads(loss)(kernel, x, env_weights=weights)
-        return grad.mean(), grad.stats().sign_sum, grad.norms()[::2]
+        found = []
+        for weights in (without, None):
+            grads = hardvary.env_grads(loss)(kernel, x, env_weights=weights)
+            two = [grads.norms()[::2], grads.gramian()[::2, ::2], grads.stack()[::2]]
+            found.append((two, grads.mean(), grads.stats().sign_sum))
+        return found
 
     whole, broken = ask(kernel, x), ask(kernel, x.at[1, 0, 0, 2].set(jnp.nan))
-    for leaf, other in zip(whole, broken, strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-6)
+    assert np.isnan(broken[1][1]).any()  # there without weights
+    assert np.isfinite(jax.tree.leaves(whole[0])[0]).all()
+    for mine, other in ((whole[0], broken[0]), (whole[1][0], broken[1][0])):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), mine, other
+        )

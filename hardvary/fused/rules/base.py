@@ -12,6 +12,7 @@ import numpy as np
 from hardvary import _validate
 from hardvary._env_grads.source import Source
 from hardvary._env_grads.statistics import MEAN, EnvWeights, along_envs, present
+from hardvary.fused.equations import spreads_nan
 from hardvary.fused.grouping import Group
 from hardvary.fused.program import Bindings, Value
 from hardvary.fused.rules import convolution, layout
@@ -48,7 +49,7 @@ class Rule(Source):
         return max(at_least, sum(np.size(leaf) for leaf in left) // 8)
 
     def stack(self) -> list[jax.Array]:
-        return jax.vmap(self.pull())(*self.left_behind())
+        return self.pull_several(*self.left_behind())
 
     def combine(self, weights: EnvWeights) -> list[jax.Array]:
         if self.root is None:
@@ -173,6 +174,15 @@ class Rule(Source):
             return [inside[operand] for operand in operands]
 
         return operands, determine
+
+    def pull_several(self, saved: Any, cotangents: Any) -> list[jax.Array]:
+        """The gradients `[env, ...]`, from what several environments left behind."""
+        uses = self.group.uses
+        pulled = [use.eqn for use in uses if use.eqn and not convolution.applies(use)]
+        if not any(map(spreads_nan, pulled)):
+            return jax.vmap(self.pull())(saved, cotangents)
+        pull = self.pull(alone=True)
+        return jax.lax.map(lambda left: pull(*left), (saved, cotangents))
 
     def pull(self, alone: bool = False) -> Callable[[Any, Any], list[jax.Array]]:
         """The gradients, as a function of what one environment left behind.

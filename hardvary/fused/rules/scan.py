@@ -46,7 +46,7 @@ class Scan(Rule):
             return sum_over_envs(grads, statistics, weight), None
 
         def several(saved: Any, cotangents: Any, weights: EnvWeights | None) -> Any:
-            grads = jax.vmap(pull)(saved, cotangents)
+            grads = self.pull_several(saved, cotangents)
             return sum_over_envs(grads, statistics, weights), None
 
         # Several in a row are added to the sums in one pass over these.
@@ -91,7 +91,7 @@ class Scan(Rule):
             if form == "blocks":
                 # Two blocks meet.
                 size = divisor(self.num_envs, max(self._block() // 2, 1))
-                of_block = lambda block: jax.vmap(self.pull())(*block)  # noqa: E731
+                of_block = lambda block: self.pull_several(*block)  # noqa: E731
                 return gramian_by_blocks(of_block, self.left_behind(), size, axis_name)
             grads = self._of_envs(lambda grad: grad)
             return [inner_products(sharding.all_rows(x, axis_name)) for x in grads]
@@ -121,7 +121,7 @@ class Scan(Rule):
             return [function(grad[None]) for grad in pull(*left_behind)]
 
         def some(left_behind: Any) -> list[jax.Array]:
-            return [function(grad) for grad in jax.vmap(pull)(*left_behind)]
+            return [function(grad) for grad in self.pull_several(*left_behind)]
 
         return in_parts(one if size == 1 else some, self.left_behind(), size)
 
