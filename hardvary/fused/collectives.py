@@ -5,40 +5,18 @@ from typing import Any
 
 import jax.extend.core as jex
 
-from hardvary._compat import jaxprs_in_params, scan_counts
+from hardvary._compat import scan_counts
 from hardvary.fused.equations import (
     CUSTOM_RULES,
     INLINED,
     REMAT,
+    axes_of,
     consts_of,
     has_references,
     open_jaxpr,
 )
 from hardvary.fused.liveness import Liveness
 from hardvary.fused.program import Kind
-
-# Equations that name an axis and send nothing over it.
-_SILENT = (
-    "axis_index",
-    "pvary",
-    "preduced",
-    "reduced_vary_cast",
-    "vary_unreduced_cast",
-    "vary_unreduced_cast_p",
-)
-
-
-def axes_of(eqn: Any) -> frozenset[str]:
-    """Names of the axes that an equation, or what it holds, communicates over."""
-    own: set[str] = set()
-    if eqn.primitive.name not in _SILENT:
-        for key in ("axes", "axis_name"):
-            names = eqn.params.get(key, ())
-            names = names if isinstance(names, tuple) else (names,)
-            own |= {name for name in names if isinstance(name, str)}
-    for jaxpr in jaxprs_in_params(eqn.params):
-        own = own.union(*map(axes_of, jaxpr.eqns))
-    return frozenset(own)
 
 
 def refuse_mixed_parameters(

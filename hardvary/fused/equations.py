@@ -23,6 +23,16 @@ CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 # Operations whose first input is indexed by the others.
 INDEXING = ("gather", "dynamic_slice")
 
+# Equations that name an axis and send nothing over it.
+_SILENT = (
+    "axis_index",
+    "pvary",
+    "preduced",
+    "reduced_vary_cast",
+    "vary_unreduced_cast",
+    "vary_unreduced_cast_p",
+)
+
 _NO_DEBUG_INFO = _compat.DebugInfo("hardvary", "", (), ())
 
 
@@ -46,6 +56,48 @@ def bind(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
         debug_info=_NO_DEBUG_INFO,
     )
     return list(jax.core.eval_jaxpr(jaxpr, (), *given.values()))
+
+
+def bind_mapped(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
+    """As `bind`, where the arguments are mapped over environments.
+
+    Of a condition that is mapped, JAX maps all that the branches are given, kernels
+    too.
+    """
+    apart = _branches(eqn) and spreads_nan(eqn) and not (eqn.effects or axes_of(eqn))
+    return (_one_by_one if apart else bind)(eqn, arguments)
+
+
+def _branches(eqn: Any) -> bool:
+    inside = (e for jaxpr in _compat.jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
+    return eqn.primitive.name == "cond" or any(map(_branches, inside))
+
+
+def _one_by_one(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
+    """As `bind_mapped`, for one environment after the other."""
+    slopes = [i for i, var in enumerate(eqn.invars) if inexact(var.aval)]
+
+    def apply(*arguments: Any) -> list[Any]:
+        return bind(eqn, arguments)
+
+    def pull(arguments: Sequence[Any], cotangents: Any) -> list[Any]:
+        def of_slopes(*values: Any) -> list[Any]:
+            given = dict(zip(slopes, values, strict=True))
+            return apply(*(given.get(i, x) for i, x in enumerate(arguments)))
+
+        _, vjp = jax.vjp(of_slopes, *(arguments[i] for i in slopes))
+        return list(vjp(cotangents))
+
+    repeated = jax.custom_batching.sequential_vmap(apply)
+
+    def back(arguments: Any, cotangents: Any) -> tuple[Any, ...]:
+        pulled = jax.custom_batching.sequential_vmap(pull)(arguments, cotangents)
+        given = dict(zip(slopes, pulled, strict=True))
+        return tuple(given.get(i) for i in range(len(arguments)))
+
+    result = jax.custom_vjp(repeated)
+    result.defvjp(lambda *arguments: (repeated(*arguments), arguments), back)
+    return list(result(*arguments))
 
 
 def _with_arrays(eqn: Any, arguments: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -104,17 +156,32 @@ def has_references(eqn: Any) -> bool:
     return any("MutableArray" in type(effect).__name__ for effect in eqn.effects)
 
 
-def spreads_nan(eqn: Any) -> bool:
-    """Whether a NaN of one environment reaches all, where an equation is mapped.
+def axes_of(eqn: Any) -> frozenset[str]:
+    """Names of the axes that an equation, or what it holds, communicates over."""
+    own: set[str] = set()
+    if eqn.primitive.name not in _SILENT:
+        for key in ("axes", "axis_name"):
+            names = eqn.params.get(key, ())
+            names = names if isinstance(names, tuple) else (names,)
+            own |= {name for name in names if isinstance(name, str)}
+    for jaxpr in _compat.jaxprs_in_params(eqn.params):
+        own = own.union(*map(axes_of, jaxpr.eqns))
+    return frozenset(own)
 
-    XLA on a CPU multiplies by zeros what is outside of a group. That is so of the
-    gradient of a kernel in groups, by itself or inside of the equation.
+
+def spreads_nan(eqn: Any) -> bool:
+    """Whether a NaN of one environment may reach others, where an equation is mapped.
+
+    A convolution, by itself or inside of the equation, gets groups, or more of them,
+    where its kernel or the gradient of one is mapped. XLA on a CPU multiplies what is
+    outside of a group by zeros, but for float32 and narrower without groups before.
     """
-    if not sharding.on_cpu():
-        return False
-    groups = [eqn.params.get(f"{kind}_group_count", 1) for kind in ("feature", "batch")]
     inside = (e for jaxpr in _compat.jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
-    return max(groups) > 1 or any(map(spreads_nan, inside))
+    if eqn.primitive.name != "conv_general_dilated":
+        return any(map(spreads_nan, inside))
+    groups = max(eqn.params["feature_group_count"], eqn.params["batch_group_count"])
+    wide = eqn.outvars[0].aval.dtype.itemsize > 4
+    return sharding.on_cpu() and (groups > 1 or wide)
 
 
 def inexact(aval: Any) -> bool:

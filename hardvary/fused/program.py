@@ -73,7 +73,9 @@ class Step:
 
     def run(self, bindings: Bindings) -> None:
         arguments = [bindings[atom] for atom in self.inputs]
-        bindings.update(self.outputs, equations.bind(self.eqn, arguments))
+        mapped = any(kind_of(atom) is Kind.BATCH for atom in self.inputs)
+        bind = equations.bind_mapped if mapped else equations.bind
+        bindings.update(self.outputs, bind(self.eqn, arguments))
 
     def elsewhere(self, inputs: Sequence[Atom], outputs: Sequence[Value]) -> "Step":
         """The same of other values."""

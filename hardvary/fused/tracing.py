@@ -12,10 +12,10 @@ import jax
 import jax.extend.core as jex
 
 from hardvary._compat import scan_counts
-from hardvary.fused.collectives import axes_of
 from hardvary.fused.equations import (
     INLINED,
     REMAT,
+    axes_of,
     consts_of,
     has_references,
     open_jaxpr,

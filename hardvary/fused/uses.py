@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hardvary._compat import vary, varying_axes
-from hardvary.fused.equations import REMAT, bind, run_jaxpr
+from hardvary.fused.equations import REMAT, bind, bind_mapped, run_jaxpr
 from hardvary.fused.program import Atom, Bindings, Kind, Value, kind_of
 from hardvary.fused.rewrites import with_faster_arguments
 
@@ -157,7 +157,7 @@ class Operation(Site):
 
     def run(self, bindings: Bindings, zeros: Any) -> Any:
         arguments = [bindings[atom] for atom in self._inputs]
-        results = bind(self._eqn, with_faster_arguments(self._eqn, arguments))
+        results = bind_mapped(self._eqn, with_faster_arguments(self._eqn, arguments))
         for i, zero in zip(self._live, zeros, strict=True):
             results[i] = _plus(results[i], zero)
         bindings.update(self._outputs, results)

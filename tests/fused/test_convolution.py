@@ -17,6 +17,7 @@ from hardvary import _compat
 from hardvary.fused.rules import convolution
 from hardvary.fused.rules.convolution import PIECES, kernel_gradient
 from tests._compat import subjaxprs
+from tests.fused._precision import allowed
 from tests.fused._stacked import assert_equals_stacked, floats
 from tests.zoo import compile_quickly
 
@@ -538,7 +539,8 @@ def test_kernel_of_a_loop_meets_all_of_its_steps(loops, groups):
 
 
 def grouped(kernel, row):
-    out = convolve(row, kernel, (1,), "SAME", feature_group_count=2)
+    groups = row.shape[-1] // kernel.shape[1]
+    out = convolve(row, kernel, (1,), "SAME", feature_group_count=groups)
     return jnp.sum(jnp.tanh(out))
 
 
@@ -596,17 +598,28 @@ def once(function):
         "branch in remat",
     ],
 )
-def test_convolution_in_groups_keeps_environments_apart(loss):
-    x, kernel = inputs((6,), (3,), 2, 2, 4, features_last=True)
-    x = jnp.stack([x, 2 * x, -x])[:, None]
+@pytest.mark.parametrize(
+    ("groups", "dtype"), [(2, "float32"), (1, "float64")], ids=["groups", "float64"]
+)
+def test_convolution_keeps_environments_apart(loss, groups, dtype):
+    with allowed(dtype):
+        assert_environments_are_apart(loss, groups, dtype)
+
+
+def assert_environments_are_apart(loss, groups, dtype):
+    x, kernel = inputs((6,), (3,), groups, 1, 2 * groups, features_last=True)
+    kernel = kernel.astype(dtype)
+    x = jnp.stack([x, 2 * x, -x])[:, None].astype(dtype)
     without = jnp.array([1.0, 0.0, 2.0])
 
     @compile_quickly
     def ask(kernel, x):
         found = []
         for weights in (without, None):
-            grads = hardvary.env_grads(loss)(kernel, x, env_weights=weights)
-            two = [grads.norms()[::2], grads.gramian()[::2, ::2], grads.stack()[::2]]
+            oracle = hardvary.value_and_env_grads(loss)
+            losses, grads = oracle(kernel, x, env_weights=weights)
+            all_of_them = losses, grads.norms(), grads.stack(), grads.gramian()[:, ::2]
+            two = [answer[::2] for answer in all_of_them]
             found.append((two, grads.mean(), grads.stats().sign_sum))
         return found
 
@@ -617,3 +630,45 @@ def test_convolution_in_groups_keeps_environments_apart(loss):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), mine, other
         )
+
+
+def test_branches_that_environments_take_apart_have_integers_and_keys_and_slopes():
+    x, kernel = inputs((6,), (3,), 2, 1, 4, features_last=True)
+    batch = (
+        jnp.stack([x, 2 * x, -x]),
+        jax.random.split(jax.random.key(0), 3),
+        jnp.array([1, 2, 3]),
+    )
+
+    def dropped(kernel, x, key, times):
+        out = convolve(x, kernel, (1,), "SAME", feature_group_count=2)
+        kept = jax.random.bernoulli(key, 0.5, out.shape)
+        return jnp.sum(jnp.tanh(times * out * kept)), jnp.argmax(out), kept
+
+    def negated(*args):
+        out, index, kept = dropped(*args)
+        return -out, index, kept
+
+    def loss(kernel, batch):
+        out, index, kept = lax.cond(
+            jnp.sum(batch[0]) > 0, dropped, negated, kernel, *batch
+        )
+        return out * (1 + index % 3) * jnp.mean(kept)
+
+    def length(gradients):
+        return lambda kernel: jnp.sum(gradients(kernel).mean(0) ** 2)
+
+    def fused(kernel):
+        return hardvary.env_grads(loss)(kernel, batch).stack()
+
+    def stacked(kernel):
+        return jax.vmap(jax.grad(loss), (None, 0))(kernel, batch)
+
+    slopes = [jax.grad(length(gradients)) for gradients in (fused, stacked)]
+    with jax.numpy_dtype_promotion("standard"):
+        for ours, theirs in ((fused, stacked), slopes):
+            np.testing.assert_allclose(
+                compile_quickly(ours)(kernel),
+                compile_quickly(theirs)(kernel),
+                rtol=1e-4,
+            )
