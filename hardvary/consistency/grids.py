@@ -99,6 +99,16 @@ def grid_inconsistency(
     _validate.at_least("epsilon", epsilon, 0.0, strict=True)
     grid = losses.shape[1:]
     index = _grid_index(start, grid)
+    # Compiled as a whole: one by one, its operations take seconds to compile.
+    return _on_grid(losses, index, epsilon)
+
+
+@jax.jit
+def _on_grid(
+    losses: jax.Array, index: Sequence[Any], epsilon: Any
+) -> GridInconsistency:
+    """`grid_inconsistency` of valid arguments."""
+    grid = losses.shape[1:]
     wide = losses.astype(_validate.wide(losses.dtype))
     at_start = wide[(slice(None), *index)]
     own = at_start[(slice(None), *[None] * len(grid))]
