@@ -163,7 +163,7 @@ def with_python(paths):
 
 # The first pages that a user runs, and one that searches for a while. They come first:
 # what is compiled in either way is compiled again in the other.
-OPTIMIZED = {"README.md", "quickstart.md", "tutorial.md", "consistency.md"}
+OPTIMIZED = {"README.md", "quickstart.md", "consistency.md"}
 # Pages are written for the pinned versions; jax 0.7 has no `jax.lax.pcast`.
 NEEDS_JAX = {"many_devices.md": (0, 8)}
 

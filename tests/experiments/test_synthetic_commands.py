@@ -28,7 +28,7 @@ from experiments.synthetic.training import METRICS, fitted
 from tests.experiments.conftest import ROOT, read_csv
 
 # Long enough to be killed in, checkpoints close enough to be killed in one.
-LONG = ("--preset", "smoke", "--epochs", "60", "--checkpoint-every", "2")
+LONG = ("--preset", "smoke", "--epochs", "40", "--checkpoint-every", "2")
 
 
 def synthetic(*arguments):
