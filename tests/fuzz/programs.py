@@ -39,7 +39,8 @@ class Outcome(enum.Enum):
     RIGHT = "right"
     # Refused by an error that names a method that takes the loss.
     REFUSED = "refused"
-    # Beyond what rounding may do, but not in float64.
+    # Beyond what rounding may do, but not in float64; or in float64, where all that
+    # the gradients are is rounding.
     ROUNDING = "rounding"
     WRONG = "wrong"
     CRASH = "crash"
@@ -122,10 +123,13 @@ def run(given):
     except Exception:
         # A leaf of another shape, too, is a wrong answer.
         said = traceback.format_exc()
-        if given.precision != "float64":
+        if given.precision == "float64":
+            rounding = _is_rounding(given, found, expected)
+        else:
             exact = dataclasses.replace(given, precision="float64")
-            if run(exact)[0] is Outcome.RIGHT:
-                return Outcome.ROUNDING, said
+            rounding = run(exact)[0] in (Outcome.RIGHT, Outcome.ROUNDING)
+        if rounding:
+            return Outcome.ROUNDING, said
         return Outcome.WRONG, said
     return Outcome.RIGHT, ""
 
@@ -211,6 +215,21 @@ def _fused(given, batch):
 
         signed = signed_weights(given.network.num_envs)
         return jax.block_until_ready(answers(params, batch, signed, given.weights))
+
+
+def _is_rounding(given, found, expected):
+    """Whether all gradients, and the means that were found, cancel to nothing."""
+    losses, answers = found
+    with _precision(given):
+        params, *_ = _model(given)
+    stats = answers["stats"] if given.microbatch_size is None else answers
+    means = [of["mean"] for of in fields_by_path(stats, params).values()]
+    largest = max(
+        np.max(np.abs(x), initial=0) for x in (*expected.grads.values(), *means)
+    )
+    # What cancels is of the size of the activations: one.
+    scale = np.max(np.abs(losses), initial=1)
+    return largest < 4 * np.finfo(np.float64).eps * scale
 
 
 def _compare(given, found, expected):

@@ -2,10 +2,12 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from tests.fuzz import __main__ as command
-from tests.fuzz import choices
+from tests.fuzz import choices, programs
 from tests.fuzz.programs import Outcome, Program, program, run
 
 FINE = (Outcome.RIGHT, Outcome.REFUSED)
@@ -41,6 +43,54 @@ def test_broken_environment_is_held_to_its_own_gradient(text):
     assert given.broken == 0
     outcome, said = run(given)
     assert outcome is Outcome.RIGHT, f"{given}\n{said}"
+
+
+# Text of a program, and its notes.
+FOUND = {
+    "branch_in_float64": (
+        "patches of (5,), VALID in_cond",
+        [
+            [3, 0, 4, 0, 0, 3, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 2, 4, 6, 0, 2],
+            [33, 4, 0, 1, 7],
+        ],
+    ),
+    "group_in_a_branch": (
+        "'feature_group_count': 2",
+        [
+            [1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0],
+            [31, 0],
+            [18, 2, 1, 0, 0, 1, 1, 0, 1, 7],
+        ],
+    ),
+    "nothing_but_rounding": (
+        "bias in_scan",
+        [[0, 1, 2, 9, 0, 0, 0, 1, 3, 0, 5, 6, 8, 0, 2], [31, 0], [11, 6], [15]],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_program_that_was_found_wrong(case):
+    text, notes = FOUND[case]
+    given = program(choices.noted(notes))
+    assert text in str(given)
+    outcome, said = run(given)
+    # The last is either, as XLA pleases.
+    fine = (Outcome.RIGHT, Outcome.ROUNDING) if "rounding" in case else FINE
+    assert outcome in fine, f"{given}\n{said}"
+
+
+def test_rounding_is_no_excuse_for_a_gradient_where_there_is_none(monkeypatch):
+    _, notes = FOUND["nothing_but_rounding"]
+    right = programs._fused
+
+    def shifted(given, batch):
+        losses, answers = right(given, batch)
+        answers = jax.tree.map(np.asarray, answers)
+        return losses, jax.tree.map(lambda leaf: leaf + leaf.dtype.type(1), answers)
+
+    monkeypatch.setattr(programs, "_fused", shifted)
+    assert run(program(choices.noted(notes)))[0] is Outcome.WRONG
 
 
 def test_noted_choices_give_the_same_program():

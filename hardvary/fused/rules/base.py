@@ -108,6 +108,12 @@ class Rule(Source):
         return "stacked", self.num_envs**2 * self.size
 
     @property
+    def spreads_nan(self) -> bool:
+        """Whether `pull` is not to be mapped over environments."""
+        uses = [use for use in self.group.uses if not convolution.applies(use)]
+        return any(use.eqn is not None and spreads_nan(use.eqn) for use in uses)
+
+    @property
     def size(self) -> int:
         """Number of components of the group's parameters."""
         return sum(leaf.size for leaf in self.leaves)
@@ -177,9 +183,7 @@ class Rule(Source):
 
     def pull_several(self, saved: Any, cotangents: Any) -> list[jax.Array]:
         """The gradients `[env, ...]`, from what several environments left behind."""
-        uses = self.group.uses
-        pulled = [use.eqn for use in uses if use.eqn and not convolution.applies(use)]
-        if not any(map(spreads_nan, pulled)):
+        if not self.spreads_nan:
             return jax.vmap(self.pull())(saved, cotangents)
         pull = self.pull(alone=True)
         return jax.lax.map(lambda left: pull(*left), (saved, cotangents))

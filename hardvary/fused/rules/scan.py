@@ -77,7 +77,8 @@ class Scan(Rule):
             total = self.factors.sum(data, cotangent, dtype, precision)
             return [in_layout(self.traced, use.operands[0], leaf, total)]
         # Sums in a narrow type would round, and may leave its range.
-        if narrow or (self._is_convolved() and sharding.on_cpu()):
+        convolved = self._is_convolved() and sharding.on_cpu()
+        if narrow or convolved or self.spreads_nan:
             return super().weighted_sum(weights)
         return self.pull_sum(*left_behind, weights)
 
