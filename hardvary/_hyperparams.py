@@ -83,7 +83,7 @@ def _checked_numbers(
     name: str, value: PyTree, rule: str
 ) -> Iterator[tuple[str, ArrayLike]]:
     """Names and values of all numbers in `value`, which is no more than `rule` says."""
-    rule += "a schedule, or a tree prefix of params with these"
+    rule += "or a schedule, or a tree prefix of params with these"
     if value is None:
         _validate.scalar(name, value, rule=rule)
     for path, leaf in jax.tree.leaves_with_path(value, is_leaf=_is_schedule):

@@ -1,7 +1,8 @@
 """Checks of arguments and shapes, raised at construction or while tracing."""
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -112,6 +113,47 @@ def is_array(leaf: Any) -> bool:
     if isinstance(leaf, bool | int | float | complex | np.generic | np.ndarray):
         return not isinstance(leaf, np.ndarray) or leaf.dtype != object
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def takes(
+    name: str,
+    rule: Any,
+    gets: str,
+    keywords: Iterable[str],
+    offered: Iterable[str] = (),
+) -> list[str]:
+    """Checks that a rule takes what it will be called with.
+
+    Args:
+      name: of the rule, for messages.
+      rule: called with one argument by position.
+      gets: what that is.
+      keywords: that it is given beside it.
+      offered: that it is given where it has a parameter of this name.
+
+    Returns:
+      Those of `offered` that it has.
+
+    Raises:
+      TypeError: it is not callable, or takes something else.
+    """
+    if not callable(rule):
+        raise TypeError(f"rule must be callable, got {rule!r}")
+    try:
+        signature = inspect.signature(rule)
+    except ValueError:  # of some functions that are not Python's
+        return []
+    taken = [keyword for keyword in offered if keyword in signature.parameters]
+    given = [*keywords, *taken]
+    try:
+        signature.bind(None, **dict.fromkeys(given))
+    except TypeError as error:
+        named = f" and, by keyword, {', '.join(given)}" if given else " alone"
+        raise TypeError(
+            f"{name}: the rule is called with {gets}{named}; it takes {signature}: "
+            f"{error}"
+        ) from None
+    return taken
 
 
 def a_or_an(noun: str) -> str:

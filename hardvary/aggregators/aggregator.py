@@ -87,9 +87,10 @@ def aggregator(
       A transformation with the contract of `and_mask` and state `AggregatorState`.
 
     Raises:
-      TypeError: a rule that is not callable, `stats` that is no sequence of names, a
-        hyperparameter that is no real scalar, schedule or tree of these, one named
-        `key` beside a seed, a seed that is neither an integer nor a key.
+      TypeError: a rule that is not callable or takes something else, `stats` that is
+        no sequence of names, a hyperparameter that is no real scalar, schedule or tree
+        of these, one named `key` beside a seed, a seed that is neither an integer nor
+        a key; (tracing) a rule that does not return two or three arrays.
       ValueError: unknown statistics, max_rescale < 1, a negative seed; (tracing) as
         `and_mask`, a mask or direction of another shape.
 
@@ -106,8 +107,10 @@ def aggregator(
     Warning:
       Must come first in an `optax.chain`.
     """
-    if not callable(rule):
-        raise TypeError(f"rule must be callable, got {rule!r}")
+    name = getattr(rule, "__name__", "aggregator") if name is None else name
+    drawn = [] if seed is None else ["key"]
+    gets = "the statistics of a parameter"
+    _validate.takes(name, rule, gets, dict.fromkeys([*hyperparams, *drawn]))
     statistics = st.named(_validate.names("stats", stats, tuple(st.STATISTICS)))
     if seed is not None:
         _validate.prng_key("seed", seed)
@@ -115,7 +118,6 @@ def aggregator(
             raise TypeError("key is what the rule is given for its seed; rename yours")
     for key, value in hyperparams.items():
         _hyperparams.check_scalars(key, value)
-    name = getattr(rule, "__name__", "aggregator") if name is None else name
     return build(
         rule,
         statistics,
@@ -176,7 +178,7 @@ def build(
     def update_leaf(
         leaf: GradStats, given: dict[str, Any], dtype: Any
     ) -> tuple[jax.Array, jax.Array]:
-        mask, direction, *closed = rule(leaf, **given)
+        mask, direction, *closed = _answer(name, rule, leaf, given)
         _check_shapes(name, leaf, mask, direction, *closed)
         kept = jnp.sum(mask, dtype=jnp.float32)
         if rescale:
@@ -248,6 +250,38 @@ def _broken(leaf: GradStats) -> jax.Array:
     for other in broken[1:]:
         result |= other
     return result
+
+
+def _answer(
+    name: str, rule: Rule, leaf: GradStats, given: dict[str, Any]
+) -> tuple[jax.Array, ...]:
+    """What a rule returns for one parameter."""
+    try:
+        returned: Any = rule(leaf, **given)
+    except (AttributeError, TypeError) as error:
+        absent = [
+            f"{statistic.field} ({key!r})"
+            for key, statistic in st.STATISTICS.items()
+            if getattr(leaf, statistic.field) is None
+        ]
+        if absent and "NoneType" in str(error):
+            error.add_note(
+                f"{name}: None for want of being named in stats: {', '.join(absent)}"
+            )
+        raise
+    if not isinstance(returned, tuple | list) or len(returned) not in (2, 3):
+        if _validate.is_array(returned):
+            found = f"an array of shape {jnp.shape(returned)}"
+        else:
+            found = _validate.a_or_an(type(returned).__name__)
+            found += (
+                f" of {len(returned)}" if isinstance(returned, tuple | list) else ""
+            )
+        raise TypeError(
+            f"{name}: the rule must return (mask, direction), or with a third array "
+            f"for where the mask is closed, got {found}"
+        )
+    return tuple(returned)
 
 
 def _check_shapes(name: str, leaf: GradStats, *arrays: jax.Array) -> None:

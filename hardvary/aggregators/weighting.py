@@ -1,6 +1,5 @@
 """The way to write an aggregator that works by inner products."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,8 +66,8 @@ def weighting(
       `kept_fraction` is 1 after every update: nothing is masked.
 
     Raises:
-      TypeError: a rule that is not callable, a hyperparameter that is no real scalar
-        or schedule; (tracing) as `and_mask`.
+      TypeError: a rule that is not callable or takes something else, a hyperparameter
+        that is no real scalar or schedule; (tracing) as `and_mask`.
       ValueError: (tracing) as `and_mask`; weights of another shape; a tree of
         `GradStats`, which has no inner products.
 
@@ -95,10 +94,11 @@ def weighting(
     """
     if not callable(rule):
         raise TypeError(f"rule must be callable, got {rule!r}")
+    name = getattr(rule, "__name__", "weighting") if name is None else name
+    gets = "the inner products of all environments"
+    asks = _validate.takes(name, rule, gets, hyperparams, offered=["env_weights"])
     for key, value in hyperparams.items():
         _hyperparams.check_number(key, value)
-    name = getattr(rule, "__name__", "weighting") if name is None else name
-    asks = "env_weights" in inspect.signature(rule).parameters
 
     def weights_of(
         grads: forms.Gradients, given: dict[str, Any], memory: None

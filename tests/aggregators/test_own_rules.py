@@ -247,6 +247,57 @@ def test_own_rule_with_bad_settings_is_refused(settings, error, message):
         hardvary.aggregator(**{"rule": and_rule, "threshold": 0.5, **settings})
 
 
+@pytest.mark.parametrize(
+    ("rule", "settings", "message"),
+    [
+        (lambda: 1, {}, "mine: the rule is called with the statistics.* alone; it tak"),
+        (lambda s, k: s, {}, r"takes \(s, k\): missing a required argument: 'k'"),
+        (lambda s: s, {"k": 1.0}, r"by keyword, k; .* unexpected keyword argument 'k'"),
+        (lambda mean, sign: mean, {}, "missing a required argument: 'sign'"),
+        (lambda s: s, {"seed": 0}, "unexpected keyword argument 'key'"),
+    ],
+)
+def test_own_rule_that_takes_something_else_is_refused_when_built(
+    rule, settings, message
+):
+    with pytest.raises(TypeError, match=message):
+        hardvary.aggregator(rule, name="mine", **settings)
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        (lambda s: s.mean, r"an array of shape \(7,\)"),
+        (lambda s: None, "a NoneType"),
+        (lambda s: (s.mean,), "a tuple of 1"),
+        (lambda s: [s.mean] * 4, "a list of 4"),
+    ],
+)
+def test_own_rule_that_returns_no_pair_is_refused(rule, found):
+    tx = hardvary.aggregator(rule, name="mine")
+    with pytest.raises(TypeError, match=rf"mine: .*\(mask, direction\).* got {found}"):
+        tx.update(make_grads("array", 2), tx.init(None))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda s: (s.abs_mean > 0, s.mean),
+        lambda s: (s.mean > 0, jnp.sqrt(s.square_mean)),
+        lambda s: (s.mean > 0, s.abs_mean.astype(float)),
+    ],
+    ids=["comparison", "function", "method"],
+)
+def test_own_rule_that_reads_what_it_did_not_name_is_told(rule):
+    tx = hardvary.aggregator(rule, name="mine")
+    with pytest.raises((TypeError, AttributeError), match="NoneType") as caught:
+        tx.update(make_grads("array", 2), tx.init(None))
+    (note,) = [note for note in caught.value.__notes__ if note.startswith("mine: ")]
+    assert "None for want of being named in stats: square_mean ('square')" in note
+    assert "abs_mean ('abs')" in note
+    assert "sign_sum" not in note
+
+
 def test_own_rule_with_a_tree_that_is_no_prefix_is_refused():
     tx = hardvary.aggregator(and_rule, threshold={"dense": 0.5})
     with pytest.raises(

@@ -307,6 +307,9 @@ def test_weighting_of_grad_stats_is_refused_by_name():
         (shrunk, {"power": None}, TypeError, "power must be a real scalar"),
         (shrunk, {"power": jnp.ones(2)}, TypeError, "power must be a real scalar"),
         (shrunk, {"power": 1j}, TypeError, "power must be a real scalar"),
+        (lambda: 1, {}, TypeError, "called with the inner products .* alone; it tak"),
+        (lambda g, t: g[0], {}, TypeError, "missing a required argument: 't'"),
+        (shrunk, {"power": 1.0, "stats": ("mean",)}, TypeError, "argument 'stats'"),
         # One Gramian for all parameters has no use for a tree.
         (shrunk, {"power": {"w": 1.0}}, TypeError, "power must be a real scalar or a"),
     ],
