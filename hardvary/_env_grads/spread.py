@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from hardvary import sharding
+from hardvary import _compat, sharding
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.microbatches import Microbatches
 from hardvary._env_grads.problem import Problem
@@ -75,7 +75,15 @@ class Spread(Source):
         )
 
     def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
-        names = (*sharding.names_of(axis_name), *self._axes)
+        outer = sharding.names_of(axis_name)
+        if outer and not _compat.NESTED_AXIS_INDEX:
+            raise ValueError(
+                "inner products of environments along the mapped axis "
+                f"{outer[0]!r} and the explicit axis {self._axes[0]!r} at once need "
+                "jax 0.10 or newer; with this one, spread them over mapped axes alone "
+                "or over the mesh alone"
+            )
+        names = (*outer, *self._axes)
         return self._everywhere(lambda source, _: source.gramian(names))
 
     def square_norms(self) -> list[jax.Array]:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import hardvary
-from hardvary import sharding
+from hardvary import _compat, sharding
 from tests._asserts import assert_trees_close
 from tests._compat import set_mesh
 from tests.fused._answers import ANSWERS, ask, make_env_oracle, signed_weights
@@ -341,7 +341,12 @@ def test_answers_inside_shard_map_over_another_axis_equal_one_device():
         )
     )
     with set_mesh(mesh):
-        actual = over(PARAMS, *place(mesh, (BATCH, WEIGHTS), P("host")))
+        batch, weights = place(mesh, (BATCH, WEIGHTS), P("host"))
+        if not _compat.NESTED_AXIS_INDEX:
+            with pytest.raises(ValueError, match=r"'host' .* 'env' .* need jax 0\.10"):
+                over(PARAMS, batch, weights)
+            return
+        actual = over(PARAMS, batch, weights)
     expected = without_axes(on_one_device(True)[1])
     del expected["stack"]
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
