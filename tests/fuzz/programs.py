@@ -39,8 +39,8 @@ class Outcome(enum.Enum):
     RIGHT = "right"
     # Refused by an error that names a method that takes the loss.
     REFUSED = "refused"
-    # Beyond what rounding may do, but not in float64; or in float64, where all that
-    # the gradients are is rounding.
+    # Beyond what rounding may do, but not in float64, where XLA convolves NaN with
+    # padding another way, too; or in float64, where gradients are nothing but rounding.
     ROUNDING = "rounding"
     WRONG = "wrong"
     CRASH = "crash"
