@@ -242,6 +242,18 @@ RULES_LABELS = {
     "grad_drop": "GradDrop",
     "agr_rand": "Agr-Rand",
     "upgrad": "UPGrad",
+    "disjoint_mean": "disjoint mean",
+    "clip_env_norms": "clipped mean",
+    "dualproj": "DualProj",
+    "pcgrad": "PCGrad",
+    "grad_vac": "GradVac",
+    "mgda": "MGDA",
+    "cagrad": "CAGrad",
+    "nash_mtl": "Nash-MTL",
+    "fairgrad": "FairGrad",
+    "imtl_g": "IMTL-G",
+    "aligned_mtl": "Aligned-MTL",
+    "config": "ConFIG",
 }
 
 
