@@ -79,7 +79,14 @@ def ilc(
     scores = []
     for init_key in jax.random.split(key, num_inits):
         train_key, score_key = jax.random.split(init_key)
-        score = jnp.asarray(score_fn(train_fn(train_key), score_key))
+        returned = score_fn(train_fn(train_key), score_key)
+        if not _validate.is_array(returned):
+            found = _validate.a_or_an(type(returned).__name__)
+            raise TypeError(
+                "ilc: score_fn must return a scalar, such as the score of what "
+                f"inconsistency found, got {found}"
+            )
+        score = jnp.asarray(returned)
         _validate.real_floating(score, "ilc: scores")
         if score.ndim:
             raise TypeError(f"ilc: a score must be a scalar, got shape {score.shape}")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from hardvary import _validate
 from hardvary._typing import PyTree
 
 # Points on a ray, each this factor further out than the one before it.
@@ -66,8 +67,12 @@ class Search:
         if getattr(shape, "shape", None) != () or not jnp.issubdtype(
             shape.dtype, jnp.floating
         ):
+            found = _validate.a_or_an(type(shape).__name__)
+            if hasattr(shape, "shape"):
+                found = f"{shape.dtype} of shape {shape.shape}"
             raise TypeError(
-                f"inconsistency: loss_fn must return a real scalar, got {shape}"
+                "inconsistency: loss_fn must return a real floating scalar (average "
+                f"over the examples), got {found}"
             )
         self.epsilon = jnp.asarray(epsilon, dtype)
         self.damping = damping

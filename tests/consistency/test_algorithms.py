@@ -61,5 +61,7 @@ def test_wrong_arguments_of_ilc_are_refused():
         ilc(lambda key: None, lambda p, k: 1.0, key=key, num_inits=0)
     with raises(TypeError, "ilc: scores must be real floating", "int"):
         ilc(lambda key: None, lambda p, k: 1, key=key)
+    with raises(TypeError, "score_fn must return a scalar", "got a tuple"):
+        ilc(lambda key: None, lambda p, k: (1.0, 2.0), key=key)
     with raises(TypeError, "a score must be a scalar", "(2,)"):
         ilc(lambda key: None, lambda p, k: jnp.ones(2), key=key)

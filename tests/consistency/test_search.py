@@ -268,8 +268,17 @@ def call(**changes):
         ({"batch_size": 0}, ValueError, ("batch_size must be >= 1, got 0",)),
         ({"pairs": [(0, 3)]}, ValueError, ("integers in [0, 3)", "[[0, 3]]")),
         ({"pairs": [0, 1]}, ValueError, ("shape [pair, 2]", "(2,)")),
-        ({"loss_fn": lambda p, h: p}, TypeError, ("must return a real scalar",)),
-        ({"loss_fn": lambda p, h: jnp.sum(p > 0)}, TypeError, ("a real scalar", "int")),
+        (
+            {"loss_fn": lambda p, h: p},
+            TypeError,
+            ("must return a real floating scalar (average over", "of shape ("),
+        ),
+        ({"loss_fn": lambda p, h: (p[0],)}, TypeError, ("scalar", "got a tuple")),
+        (
+            {"loss_fn": lambda p, h: jnp.sum(p > 0)},
+            TypeError,
+            ("floating scalar", "int"),
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
