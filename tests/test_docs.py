@@ -26,7 +26,7 @@ FILES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *PAGES,
 ]
-LANGUAGES = {"python", "bash", "text", "diff", "toml", "json"}
+LANGUAGES = {"python", "bash", "text", "diff", "toml", "json", "bibtex"}
 # What Sphinx acts on, and code hosts show as it is.
 DIRECTIVES = {"{eval-rst}", "{toctree}"}
 MODULES = {"": hardvary} | {
