@@ -58,19 +58,24 @@ def bind(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
     return list(jax.core.eval_jaxpr(jaxpr, (), *given.values()))
 
 
-def bind_mapped(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
-    """As `bind`, where the arguments are mapped over environments.
+def bind_mapped(
+    eqn: Any, arguments: Sequence[Any], mapped: Sequence[bool]
+) -> list[Any]:
+    """As `bind`, of arguments of which some are mapped over environments.
 
-    Of a condition that is mapped, JAX maps all that the branches are given, kernels
-    too.
+    Where a condition is mapped, JAX maps all that the branches are given, kernels too.
     """
-    apart = _branches(eqn) and spreads_nan(eqn) and not (eqn.effects or axes_of(eqn))
-    return (_one_by_one if apart else bind)(eqn, arguments)
+    branches = eqn.primitive.name == "cond" and mapped[0]
+    branches = branches or (any(mapped) and _holds_branches(eqn))
+    alone = branches and spreads_nan(eqn) and not (eqn.effects or axes_of(eqn))
+    return (_one_by_one if alone else bind)(eqn, arguments)
 
 
-def _branches(eqn: Any) -> bool:
-    inside = (e for jaxpr in _compat.jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
-    return eqn.primitive.name == "cond" or any(map(_branches, inside))
+def _holds_branches(eqn: Any) -> bool:
+    """Whether there is a condition inside, of which nobody knows if it is mapped."""
+    inside = [e for jaxpr in _compat.jaxprs_in_params(eqn.params) for e in jaxpr.eqns]
+    names = [e.primitive.name for e in inside]
+    return "cond" in names or any(map(_holds_branches, inside))
 
 
 def _one_by_one(eqn: Any, arguments: Sequence[Any]) -> list[Any]:

@@ -73,9 +73,9 @@ class Step:
 
     def run(self, bindings: Bindings) -> None:
         arguments = [bindings[atom] for atom in self.inputs]
-        mapped = any(kind_of(atom) is Kind.BATCH for atom in self.inputs)
-        bind = equations.bind_mapped if mapped else equations.bind
-        bindings.update(self.outputs, bind(self.eqn, arguments))
+        mapped = [kind_of(atom) is Kind.BATCH for atom in self.inputs]
+        results = equations.bind_mapped(self.eqn, arguments, mapped)
+        bindings.update(self.outputs, results)
 
     def elsewhere(self, inputs: Sequence[Atom], outputs: Sequence[Value]) -> "Step":
         """The same of other values."""

@@ -157,7 +157,9 @@ class Operation(Site):
 
     def run(self, bindings: Bindings, zeros: Any) -> Any:
         arguments = [bindings[atom] for atom in self._inputs]
-        results = bind_mapped(self._eqn, with_faster_arguments(self._eqn, arguments))
+        mapped = [i in self._saved for i in range(len(self._inputs))]
+        faster = with_faster_arguments(self._eqn, arguments)
+        results = bind_mapped(self._eqn, faster, mapped)
         for i, zero in zip(self._live, zeros, strict=True):
             results[i] = _plus(results[i], zero)
         bindings.update(self._outputs, results)

@@ -8,6 +8,7 @@ import statistics
 import pytest
 
 from experiments.common.figures import read_table
+from experiments.common.plots import METHOD_LABELS
 from experiments.synthetic.commands import DRAWINGS, selected_settings
 from experiments.synthetic.config import (
     OBJECTIVES,
@@ -236,25 +237,8 @@ def test_placement_on_moments_lets_more_through_and_fits_better():
         assert moments["loss"] < gradients["loss"]
 
 
-RULES_LABELS = {
-    "soft_and_mask": "soft AND-mask",
-    "majority_sign": "majority sign",
-    "grad_drop": "GradDrop",
-    "agr_rand": "Agr-Rand",
-    "upgrad": "UPGrad",
-    "disjoint_mean": "disjoint mean",
-    "clip_env_norms": "clipped mean",
-    "dualproj": "DualProj",
-    "pcgrad": "PCGrad",
-    "grad_vac": "GradVac",
-    "mgda": "MGDA",
-    "cagrad": "CAGrad",
-    "nash_mtl": "Nash-MTL",
-    "fairgrad": "FairGrad",
-    "imtl_g": "IMTL-G",
-    "aligned_mtl": "Aligned-MTL",
-    "config": "ConFIG",
-}
+def searched_rules():
+    return json.loads((RESULTS / "rules" / "searches.json").read_text())
 
 
 def row_of_rule(method):
@@ -264,10 +248,10 @@ def row_of_rule(method):
     tests = [row["test_accuracy"] for row in rows]
     trials = read_table(folder / f"{method}_trials.csv")
     assert len(trials) == 16
-    found = json.loads((folder / "searches.json").read_text())[method]
+    found = searched_rules()[method]
     best = max(r["test_accuracy"] for r in trials if r["test_accuracy"] != "")
     cells = [
-        RULES_LABELS[method],
+        METHOD_LABELS[method],
         f"{found['fitted']}, {found['diverged']}",
         f"{best:.1%}",
         f"{mean(rows, 'train_accuracy'):.1%}",
@@ -281,5 +265,6 @@ def row_of_rule(method):
 
 def test_table_of_rules_is_that_of_their_searches_and_seeds():
     page = (RESULTS.parent / "synthetic.md").read_text()
-    for method in RULES_LABELS:
+    assert len(searched_rules()) == 17
+    for method in searched_rules():
         assert row_of_rule(method) in page

@@ -672,3 +672,21 @@ def test_branches_that_environments_take_apart_have_integers_and_keys_and_slopes
                 compile_quickly(theirs)(kernel),
                 rtol=1e-4,
             )
+
+
+def test_branch_that_all_environments_take_together_is_mapped():
+    x, kernel = inputs((6,), (3,), 2, 1, 4, features_last=True)
+    batch = jnp.stack([x, 2 * x, -x])
+
+    def loss(kernel, x):
+        late = jnp.sum(kernel) > 0  # of the parameters alone
+        return lax.cond(late, grouped, lambda *args: -grouped(*args), kernel, x)
+
+    def losses_of(kernel, x):
+        return hardvary.value_and_env_grads(loss)(kernel, x)[0]
+
+    losses = jax.make_jaxpr(losses_of)(kernel, batch)
+    names = [eqn.primitive.name for eqn in equations_of(losses.jaxpr)]
+    assert "cond" in names
+    assert "scan" not in names
+    assert_equals_stacked(loss, kernel, batch)
