@@ -102,11 +102,25 @@ MEETINGS = {
         (5, 2, 6, 4, 2),
         lambda x: convolution_rows(x, (2, 2), (2, 2), ((0, 0), (0, 0))),
     ),
+    # Fewer rows than outputs, in an environment or in all.
+    "one_wide_row": (dense, (4, 12), (5, 4), dense_rows),
+    "few_rows": (dense, (4, 12), (5, 2, 4), dense_rows),
+    "wide_dense": (dense, (3, 40), (5, 30, 3), dense_rows),
+    "wide_convolution": (
+        convolution,
+        (3, 3, 2, 40),
+        (5, 1, 6, 5, 2),
+        lambda x: convolution_rows(x, (3, 3), (2, 1), ((0, 1), (1, 1))),
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "few"), [*((name, False) for name in MEETINGS), ("convolution", True)]
+    ("name", "few"),
+    [
+        *((name, False) for name in MEETINGS),
+        *((name, True) for name in ("dense", "convolution", "wide_convolution")),
+    ],
 )
 def test_input_moment_and_whitened_gradients_are_those_of_the_rows(
     name, few, monkeypatch

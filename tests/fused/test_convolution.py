@@ -15,7 +15,7 @@ from jax import lax
 import hardvary
 from hardvary import _compat
 from hardvary.fused.rules import convolution
-from hardvary.fused.rules.convolution import PIECES, kernel_gradient
+from hardvary.fused.rules.convolution import PIECES, kernel_gradient, times_patches
 from tests._compat import subjaxprs
 from tests.fused._precision import allowed
 from tests.fused._stacked import assert_equals_stacked, floats
@@ -35,7 +35,7 @@ def convolve(x, kernel, strides, padding, features_last=True, **settings):
 
 
 def check(x, kernel, *args, **settings):
-    """Holds `kernel_gradient` to JAX's own."""
+    """Holds `kernel_gradient`, and patches times a matrix, to JAX's own gradient."""
 
     def run(kernel):
         return convolve(x, kernel, *args, **settings)
@@ -57,14 +57,41 @@ def check(x, kernel, *args, **settings):
                 kernel_gradient(x, cotangent, eqn.params, kernel.shape, alone)
                 for alone in (False, True)
             ]
-        return actual, vjp(cotangent)[0]
+        expected = vjp(cotangent)[0]
+        return actual, expected, through_patches(x, cotangent, expected, eqn.params)
 
-    gradients, expected = both(x, kernel, cotangent)
+    gradients, expected, (actual_columns, expected_columns) = both(x, kernel, cotangent)
+    for actual in actual_columns:
+        scale = np.abs(expected_columns).max(initial=1)
+        np.testing.assert_allclose(actual, expected_columns, rtol=0, atol=1e-5 * scale)
     scale = np.abs(expected).max(initial=1)
     for actual in gradients:
         assert actual.shape == kernel.shape
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale)
     return shape
+
+
+def through_patches(x, cotangent, gradient, params):
+    """Columns times a kernel's gradient: by `times_patches`, and as they are."""
+    one_group = params["feature_group_count"] == 1
+    if not one_group or gradient.dtype != jnp.float32 or 0 in (x.size, cotangent.size):
+        return [], jnp.zeros(())
+    numbers = params["dimension_numbers"]
+    out, *inputs = numbers.rhs_spec[0], *numbers.rhs_spec[2:], numbers.rhs_spec[1]
+    matrix = jnp.transpose(gradient, (*inputs, out)).reshape(-1, gradient.shape[out])
+    columns = floats(len(matrix), 3, seed=3)
+    batch, feature, *space = numbers.out_spec
+    right = jnp.transpose(cotangent, (batch, *space, feature))
+    right = right.reshape(-1, right.shape[-1])
+
+    def run(x, columns):
+        return times_patches(x, cotangent, columns, params, gradient.shape)
+
+    # Mapped it multiplies.
+    patches = [run(x, columns), jax.vmap(run)(x[None], columns[None])[0]]
+    highest = lax.Precision.HIGHEST
+    actual = [jnp.matmul(rows.T, right, precision=highest) for rows in patches]
+    return actual, jnp.matmul(columns.T, matrix, precision=highest)
 
 
 # name: (input's space, window, strides, padding, further settings)
@@ -192,7 +219,7 @@ def convolved(monkeypatch):
     return taken
 
 
-def test_statistics_norms_and_whitened_gramian_of_images_are_convolved(convolved):
+def test_statistics_and_norms_of_images_are_convolved(convolved):
     kernel, x = images()
 
     @compile_quickly

@@ -78,7 +78,7 @@ class Rule(Source):
         if weights is not None:
             roots = along_envs(jnp.sqrt(weights.values), data)
             data = data.astype(_validate.wide(data.dtype)) * roots
-        return self.factors.moment(data, cotangent)
+        return self.factors.moment(data, cotangent, self.elements())
 
     def whitened(self, root: jax.Array | None) -> "Rule":
         result = copy.copy(self)

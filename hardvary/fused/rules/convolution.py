@@ -20,8 +20,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ PIECES = 9
 # Places of an output above which a convolution is no slower than so few pieces: an
 # image of 8 x 8.
 PLACES = 64
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def applies(use: Use) -> bool:
@@ -172,18 +173,78 @@ def _by_convolution(
         )
         return as_kernel(jnp.moveaxis(result, 0, 2), numbers)
 
-    # Under someone's vmap of whole steps it would be a convolution in groups.
-    mapped = jax.custom_batching.custom_vmap(convolution)
+    return _unless_mapped(convolution, by_pieces)(data, cotangent)
+
+
+def _unless_mapped(
+    convolve: Callable[..., jax.Array], multiply: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """`convolve`, or `multiply` where it is differentiated or mapped.
+
+    Under someone's vmap of whole steps it would be a convolution in groups. Neither may
+    close over arrays.
+    """
+    mapped = jax.custom_batching.custom_vmap(convolve)
 
     @mapped.def_vmap
-    def _(size: int, are_mapped: Sequence[bool], *pair: jax.Array) -> Any:
+    def _(size: int, are_mapped: Sequence[bool], *arrays: jax.Array) -> Any:
         in_axes = [0 if is_mapped else None for is_mapped in are_mapped]
-        return jax.vmap(by_pieces, in_axes, axis_size=size)(*pair), True
+        return jax.vmap(multiply, in_axes, axis_size=size)(*arrays), True
 
     result = jax.custom_jvp(mapped)
-    result.defjvp(lambda pair, tangents: jax.jvp(by_pieces, pair, tangents))
-    gradient: jax.Array = result(data, cotangent)
-    return gradient
+    result.defjvp(lambda arrays, tangents: jax.jvp(multiply, arrays, tangents))
+    return cast(Callable[..., jax.Array], result)
+
+
+def times_patches(
+    data: jax.Array,
+    cotangent: jax.Array,
+    columns: jax.Array,
+    params: dict[str, Any],
+    shape: Sequence[int],
+) -> jax.Array:
+    """What the window sees at every place, times columns of a matrix.
+
+    Args:
+      data: as of `kernel_gradient`; no size may be 0.
+      cotangent: of which only the shape matters.
+      columns: `[input, column]`, inputs in the order of [*window, in], in the dtype of
+        the result.
+      params: of the primitive, without groups.
+      shape: the kernel's.
+
+    Returns:
+      `[row, column]`, a row for each place of the output.
+    """
+    numbers, dtype = params["dimension_numbers"], columns.dtype
+    names = ["window_strides", "padding", "lhs_dilation", "rhs_dilation"]
+
+    def multiply(
+        data: jax.Array, cotangent: jax.Array, columns: jax.Array
+    ) -> jax.Array:
+        pieces = Pieces(data, cotangent, params, shape)
+        rows = pieces.side_by_side()[:, 0][:, pieces.window_order()]
+        return jnp.matmul(rows, columns, precision=_HIGHEST)
+
+    def convolve(
+        data: jax.Array, cotangent: jax.Array, columns: jax.Array
+    ) -> jax.Array:
+        del cotangent
+        window = [shape[axis] for axis in numbers.rhs_spec[2:]]
+        kernel = columns.reshape(*window, -1, columns.shape[1])
+        result = jax.lax.conv_general_dilated(
+            data,
+            as_kernel(kernel, numbers),
+            **{name: params[name] for name in names},
+            dimension_numbers=numbers,
+            precision=_HIGHEST,
+        )
+        return _features_last(result, numbers.out_spec).reshape(-1, columns.shape[1])
+
+    arrays = (data.astype(dtype), cotangent.astype(dtype), columns)
+    if not jax.sharding.get_abstract_mesh().empty:
+        return multiply(*arrays)
+    return _unless_mapped(convolve, multiply)(*arrays)
 
 
 def _by_pieces(

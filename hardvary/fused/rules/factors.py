@@ -9,6 +9,7 @@ import abc
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,6 +60,27 @@ class Factors(abc.ABC):
           elements: number of elements that may be held at once.
         """
 
+    def whitened_gramian(
+        self, data: Any, cotangent: Any, root: jax.Array, elements: int
+    ) -> jax.Array:
+        """`gramian` of gradients times `root^T`, whichever way multiplies less."""
+        sizes = self.sizes
+        by_rows = self.gramian_form()[0] == "rows" or sizes.rows <= sizes.outputs
+        way = self._gramian_of_whitened_rows if by_rows else self._gramian_of_whitened
+        return way(data, cotangent, root, elements)
+
+    @abc.abstractmethod
+    def _gramian_of_whitened_rows(
+        self, data: Any, cotangent: Any, root: jax.Array, elements: int
+    ) -> jax.Array:
+        """As `whitened_gramian`: the data of every row times the root."""
+
+    @abc.abstractmethod
+    def _gramian_of_whitened(
+        self, data: Any, cotangent: Any, root: jax.Array, elements: int
+    ) -> jax.Array:
+        """As `whitened_gramian`: the root times gradients, some outputs at a time."""
+
     @abc.abstractmethod
     def square_norms(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         """The diagonal of `gramian`, `[env]`."""
@@ -69,12 +91,13 @@ class Factors(abc.ABC):
         return None if self.sizes.batch > 1 else self.sizes.pieces * self.sizes.inputs
 
     @abc.abstractmethod
-    def moment(self, data: Any, cotangent: Any) -> jax.Array:
+    def moment(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         """`[input, input]`, the mean of `x x^T` over rows, the sum over environments.
 
         Args:
           data: see `gramian`.
           cotangent: see `gramian`; of a value that does not matter.
+          elements: see `gramian`.
         """
 
     def times(self, root: jax.Array, parameter: jax.Array) -> jax.Array:
@@ -145,7 +168,8 @@ class DotGeneral(Factors):
         )
         self.input_axes = tuple(mine_contract)
 
-    def moment(self, data: Any, cotangent: Any) -> jax.Array:
+    def moment(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        del elements
         left, _ = self.rearranged(data, cotangent)
         rows = left.reshape(-1, self.sizes.inputs)
         return jnp.matmul(rows.T, rows, precision=_HIGHEST) / self.sizes.rows
@@ -162,13 +186,28 @@ class DotGeneral(Factors):
         return jnp.moveaxis(product, range(data.ndim - len(axes), data.ndim), axes)
 
     def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        return self._way_of_gramian()(*self.rearranged(data, cotangent), elements)
+
+    def _way_of_gramian(self) -> Callable[..., jax.Array]:
         by_rows = self.gramian_form()[0] == "rows"
-        way = (
+        return (
             inner_products.gramian_by_rows
             if by_rows
             else inner_products.gramian_by_tiles
         )
-        return way(*self.rearranged(data, cotangent), elements)
+
+    def _gramian_of_whitened_rows(
+        self, data: Any, cotangent: Any, root: jax.Array, elements: int
+    ) -> jax.Array:
+        left, right = self.rearranged(data, cotangent)
+        left = jnp.matmul(left, root.astype(left.dtype), precision=_HIGHEST)
+        return self._way_of_gramian()(left, right, elements)
+
+    def _gramian_of_whitened(
+        self, data: Any, cotangent: Any, root: jax.Array, elements: int
+    ) -> jax.Array:
+        left, right = self.rearranged(data, cotangent)
+        return inner_products.gramian_by_tiles(left, right, elements, root)
 
     def square_norms(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         by_rows = inner_products.norms_form(self.sizes)[0] == "rows"
@@ -249,20 +288,43 @@ class Convolution(Factors):
         )
         self.input_axes = (*window, in_axis)
 
-    def moment(self, data: Any, cotangent: Any) -> jax.Array:
-        def of_env(pair: Any) -> jax.Array:
-            rows = self._pieces(*pair).side_by_side()[:, 0]
+    def moment(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
+        patches = self.sizes.rows * self.sizes.pieces * self.sizes.inputs
+        size = inner_products.divisor(len(data), elements // patches)
+
+        def of_part(start: jax.Array) -> jax.Array:
+            own, sent = (
+                jax.lax.dynamic_slice_in_dim(array, start, size)
+                for array in (data, cotangent)
+            )
+            rows = self._pieces(own, sent).side_by_side()[:, 0]
             return jnp.matmul(rows.T, rows, precision=_HIGHEST)
 
-        pairs = (data[:, None], cotangent[:, None])
-        total = inner_products.sum_over(of_env, pairs, ())
+        starts = np.arange(0, len(data), size, dtype=np.uint32)
+        total = inner_products.sum_over(of_part, starts, (data, cotangent))
         order = self._pieces(data[:1], cotangent[:1]).window_order()
         return total[order][:, order] / self.sizes.rows
 
-    def whitened_gramian(
+    def _gramian_of_whitened_rows(
         self, data: Any, cotangent: Any, root: jax.Array, elements: int
     ) -> jax.Array:
-        """`gramian` of gradients times `root^T`, a few output features at a time."""
+        pieces, num_envs = self._pieces(data, cotangent), len(data)
+        right = self._by_env(pieces.right, num_envs)
+        tile = num_envs * max(self.sizes.rows, self.sizes.outputs)
+        size = inner_products.divisor(len(root), elements // tile)
+
+        def of(start: jax.Array) -> jax.Array:
+            columns = jax.lax.dynamic_slice_in_dim(root, start, size, axis=1)
+            rows = self._times_patches(data, cotangent, columns)
+            left = self._by_env(rows[:, None], num_envs)
+            return inner_products.gramian_by_tiles(left, right, elements)
+
+        starts = np.arange(0, len(root), size, dtype=np.uint32)
+        return inner_products.sum_over(of, starts, (data, cotangent, root))
+
+    def _gramian_of_whitened(
+        self, data: Any, cotangent: Any, root: jax.Array, elements: int
+    ) -> jax.Array:
         params = self._use.eqn.params
         numbers, outputs = params["dimension_numbers"], self.sizes.outputs
         tile = len(data) * len(root)
@@ -276,11 +338,11 @@ class Convolution(Factors):
 
             def of_env(pair: Any) -> jax.Array:
                 own, sent = pair
-                grad = convolution.kernel_gradient(own, sent, params, shape, alone=True)
-                return self.times(root.T, grad)
+                return convolution.kernel_gradient(own, sent, params, shape, alone=True)
 
             # One at a time, as in `Scan`.
-            return products_of(jax.lax.map(of_env, (data, part)))
+            grads = jax.lax.map(of_env, (data, part))
+            return products_of(jax.vmap(self.times, (None, 0))(root.T, grads))
 
         starts = np.arange(0, outputs, size, dtype=np.uint32)
         return inner_products.sum_over(of, starts, (data, cotangent, root))
@@ -304,22 +366,31 @@ class Convolution(Factors):
         )
 
     def _pieces(self, data: Any, cotangent: Any) -> convolution.Pieces:
+        shape = self._use.eqn.invars[1].aval.shape
+        pair = self._together(data, cotangent)
+        return convolution.Pieces(*pair, self._use.eqn.params, shape)
+
+    def _times_patches(self, data: Any, cotangent: Any, columns: Any) -> jax.Array:
+        """`[(env, row), column]`, the inputs of every row times `[input, column]`."""
+        shape = self._use.eqn.invars[1].aval.shape
+        pair = self._together(data, cotangent)
+        columns = columns.astype(_wider(columns, *pair))
+        return convolution.times_patches(*pair, columns, self._use.eqn.params, shape)
+
+    def _together(self, data: Any, cotangent: Any) -> tuple[jax.Array, jax.Array]:
+        """Environments as further examples, in at least float32."""
         dtype = _wider(data, cotangent)
         numbers = self._use.eqn.params["dimension_numbers"]
-        shape = self._use.eqn.invars[1].aval.shape
 
         def together(array: Any, batch: int) -> jax.Array:
-            """Environments as further examples."""
             array = jnp.moveaxis(array.astype(dtype), 0, batch)
             before, after = array.shape[:batch], array.shape[batch + 2 :]
             examples = array.shape[batch] * array.shape[batch + 1]
             return array.reshape(*before, examples, *after)
 
-        return convolution.Pieces(
+        return (
             together(data, numbers.lhs_spec[0]),
             together(cotangent, numbers.out_spec[0]),
-            self._use.eqn.params,
-            shape,
         )
 
     def _by_env(self, array: jax.Array, num_envs: int) -> jax.Array:

@@ -93,14 +93,21 @@ def gramian_by_rows(left: jax.Array, right: jax.Array, elements: int) -> jax.Arr
     return in_parts(some, (left, right), size)
 
 
-def gramian_by_tiles(left: jax.Array, right: jax.Array, elements: int) -> jax.Array:
-    """As `gramian_by_rows`."""
+def gramian_by_tiles(
+    left: jax.Array,
+    right: jax.Array,
+    elements: int,
+    root: jax.Array | None = None,
+) -> jax.Array:
+    """As `gramian_by_rows`, of gradients times the transpose of `root`, if given."""
 
     def of_tile(tile: jax.Array) -> jax.Array:
+        if root is not None:
+            tile = _einsum("ij,ebio->ebjo", root.astype(tile.dtype), tile)
         flat = tile.reshape(len(tile), -1)
         return jnp.matmul(flat, flat.T, precision=_HIGHEST)
 
-    return _over_tiles(of_tile, left, right, elements)
+    return _over_tiles(of_tile, left, right, elements, by_outputs=root is not None)
 
 
 def gramian_by_blocks(
@@ -172,10 +179,14 @@ def _over_tiles(
     left: jax.Array,
     right: jax.Array,
     elements: int,
+    by_outputs: bool = False,
 ) -> jax.Array:
-    """Sums `function` of `[env, ...]`, of all tiles of the gradients."""
-    if left.shape[3] > right.shape[3]:
-        # The longer side is cut.
+    """Sums `function` of `[env, ...]`, of all tiles of the gradients.
+
+    The longer side is cut or, `by_outputs`, tiles are `[env, batch, input, output]`
+    with all inputs.
+    """
+    if left.shape[3] > right.shape[3] and not by_outputs:
         left, right = right, left
     num_envs, batch, _, inputs = left.shape
     outputs = right.shape[3]

@@ -20,7 +20,7 @@ from hardvary._env_grads.statistics import (
 from hardvary._typing import AxisName
 from hardvary.fused.rules import convolution
 from hardvary.fused.rules.base import GramianForm, Rule
-from hardvary.fused.rules.factors import Convolution, DotGeneral
+from hardvary.fused.rules.factors import DotGeneral
 from hardvary.fused.rules.inner_products import (
     divisor,
     gramian_by_blocks,
@@ -61,6 +61,14 @@ class Scan(Rule):
         )
         return sums
 
+    def combine(self, weights: EnvWeights) -> list[jax.Array]:
+        if self.root is not None and isinstance(self.factors, DotGeneral):
+            sizes = self.factors.sizes
+            if self.num_envs * sizes.rows < sizes.outputs:
+                # The root times all rows of the data, not times all outputs.
+                return self.weighted_sum(weights)
+        return super().combine(weights)
+
     def weighted_sum(self, weights: EnvWeights) -> list[jax.Array]:
         left_behind = self.left_behind()
         narrow = any(
@@ -84,9 +92,11 @@ class Scan(Rule):
 
     def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
         (form, _), factors = self.gramian_form(), self.factors
-        if self.root is not None and isinstance(factors, Convolution):
-            data, cotangent = (sharding.all_rows(x, axis_name) for x in self._pair())
-            budget = self.elements()
+        if self.root is not None and factors is not None:
+            data, cotangent = self._raw_pair()
+            data = sharding.all_rows(data, axis_name)
+            cotangent = sharding.all_rows(cotangent, axis_name)
+            factors, budget = factors.of(len(data)), self.elements()
             return [factors.whitened_gramian(data, cotangent, self.root, budget)]
         if factors is None or form in ("stacked", "blocks"):
             if form == "blocks":
