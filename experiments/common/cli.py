@@ -258,7 +258,7 @@ def main(
     except ValueError as error:
         return _fail(str(error))
     line = shlex.join([*prog.split(), *argv])
-    if options.preset == "smoke":
+    if options.preset == "smoke" and command.configs["smoke"] != command.configs["cpu"]:
         print(
             "note: --preset smoke only shows that things run; its numbers say nothing",
             file=sys.stderr,

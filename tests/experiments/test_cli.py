@@ -222,6 +222,15 @@ def test_main_smoke_says_that_its_numbers_say_nothing(call, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_main_smoke_that_is_all_there_is_says_nothing(capsys):
+    def toy(invocation):
+        """Do the toy thing."""
+
+    command = Command(dict.fromkeys(CONFIGS, Config()), Options, toy)
+    assert main("python -m toy", {"go": command}, ["go", "--preset", "smoke"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "error",
     [ValueError("a bug"), FileNotFoundError(errno.ENOENT, os.strerror(2), "a bug")],
