@@ -200,9 +200,13 @@ def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
         at = len(shape) if is_left else 1 + num_batch
         return words.reshape(*shape[:at], *ones, *shape[at:])
 
-    packed = _packed([left != 0, left < 0, right != 0, right < 0])
-    left_nonzero, left_negative = (spread(words, True) for words in packed[:2])
-    right_nonzero, right_negative = (spread(words, False) for words in packed[2:])
+    left_nonzero, left_negative = (
+        spread(words, True) for words in _packed([left != 0, left < 0])
+    )
+    # By themselves: masks of both at once are more memory, and no faster.
+    right_nonzero, right_negative = (
+        spread(words, False) for words in _packed([right != 0, right < 0])
+    )
     total = jnp.zeros((), jnp.int32)
     for word in range(len(left_nonzero)):
         both = left_nonzero[word] & right_nonzero[word]
