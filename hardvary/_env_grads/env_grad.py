@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _compat, _validate, sharding
+from hardvary import _validate, sharding
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.grad_stats import GradStats, StatName
+from hardvary._env_grads.kept import Kept
 from hardvary._env_grads.microbatches import Microbatches
 from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
@@ -42,8 +43,7 @@ class Answers:
     ) -> None:
         self._source, self._weights = source, weights
         self._local_total, self.axis_name = total, axis_name
-        self._cache: dict[Any, Any] = {}
-        self._trace = _current_trace()
+        self._kept = Kept()
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
         self.num_envs: int = source.num_envs * devices
 
@@ -51,7 +51,7 @@ class Answers:
         self, statistics: Sequence[st.Statistic]
     ) -> tuple[list[dict[str, Any]], jax.Array]:
         """Fields of `GradStats` for every parameter, and the total weight."""
-        missing = [s for s in statistics if not self._has(s)]
+        missing = [s for s in statistics if s not in self._kept]
         if missing:
             keys = st.summed(missing, self._weights is not None)
             sums = self._source.sums(keys, self._weights)
@@ -59,12 +59,12 @@ class Answers:
             total = st.as_total(total)
             fields = st.finish(sums, missing, total)
             for statistic in missing:
-                self._keep(statistic, [f[statistic.field] for f in fields])
-            self._keep("total", total)
+                self._kept.keep(statistic, [f[statistic.field] for f in fields])
+            self._kept.keep("total", total)
             found = {s: [f[s.field] for f in fields] for s in missing}
         else:
-            total, found = self._cache["total"], {}
-        found |= {s: self._cache[s] for s in statistics if s not in found}
+            total, found = self._kept["total"], {}
+        found |= {s: self._kept[s] for s in statistics if s not in found}
         count = len(found[statistics[0]])
         return [{s.field: found[s][i] for s in statistics} for i in range(count)], total
 
@@ -84,7 +84,7 @@ class Answers:
         if not isinstance(weights, jax.Array):
             # What NumPy holds may be something else by the next time.
             return compute()[1]
-        result: list[jax.Array] = self._once(("combine", id(weights)), compute)[1]
+        result: list[jax.Array] = self._kept.once(("combine", id(weights)), compute)[1]
         return result
 
     def stack(self) -> list[jax.Array]:
@@ -92,10 +92,10 @@ class Answers:
             grads = [st.present(grad, self._weights) for grad in self._source.stack()]
             return [sharding.all_rows(grad, self.axis_name) for grad in grads]
 
-        return self._once("stack", compute)
+        return self._kept.once("stack", compute)
 
     def gramian(self) -> list[jax.Array]:
-        return self._once("gramian", self._gramian)
+        return self._kept.once("gramian", self._gramian)
 
     def _gramian(self) -> list[jax.Array]:
         gramians = self._source.gramian(self.axis_name)
@@ -114,7 +114,7 @@ class Answers:
                 squares = [jnp.where(here, square, 0) for square in squares]
             return [sharding.all_rows(square, self.axis_name) for square in squares]
 
-        return self._once("square_norms", compute)
+        return self._kept.once("square_norms", compute)
 
     def alone(self, index: int) -> "Answers":
         """Of one parameter, for what is asked of its layer."""
@@ -125,7 +125,7 @@ class Answers:
                 return self
             return Answers(source, self._weights, self._local_total, self.axis_name)
 
-        result: Answers = self._once(("alone", index), compute)
+        result: Answers = self._kept.once(("alone", index), compute)
         return result
 
     @property
@@ -140,7 +140,7 @@ class Answers:
                 moment, total = jax.lax.psum((moment, total), self.axis_name)
             return moment / st.as_total(total).astype(moment.dtype)
 
-        return self._once("input_moment", compute)
+        return self._kept.once("input_moment", compute)
 
     def whitened(self, root: jax.Array) -> "Answers":
         """Of the transpose of `root: [input, input]` times the same gradients."""
@@ -159,25 +159,6 @@ class Answers:
         if self._weights is None:
             return None
         return sharding.all_rows(self._weights.values, self.axis_name)
-
-    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        if self._has(key):
-            return self._cache[key]
-        result = compute()
-        self._keep(key, result)
-        return result
-
-    def _has(self, key: Any) -> bool:
-        return key in self._cache
-
-    def _keep(self, key: Any, result: Any) -> None:
-        # Inside a branch or a loop results are of that trace, and of no use outside.
-        if _current_trace() == self._trace:
-            self._cache[key] = result
-
-
-def _current_trace() -> Any:
-    return _compat.get_opaque_trace_state(convention="hardvary")
 
 
 class EnvGrad(NoArray):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import _validate, sharding
-from hardvary._env_grads.statistics import MEAN, EnvWeights, Statistic, Sums
+from hardvary._env_grads.statistics import MEAN, EnvWeights, Statistic, Sums, present
 from hardvary._typing import AxisName
 
 
@@ -96,6 +96,22 @@ def inner_products(grad: jax.Array) -> jax.Array:
     rows = flat(grad)
     # The default of accelerators rounds the factors.
     return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def weighted_sum(grad: jax.Array, weights: EnvWeights) -> jax.Array:
+    """The weighted sum over environments of a stacked gradient, in at least float32."""
+    rows = flat(grad)
+    highest = jax.lax.Precision.HIGHEST
+    values = weights.values.astype(rows.dtype)
+    total = jnp.matmul(values, rows, precision=highest)
+    # An absent environment may hold anything, but seldom does.
+    spoilt = jnp.any(values == 0) & ~jnp.all(jnp.isfinite(total))
+    total = jax.lax.cond(
+        spoilt,
+        lambda: jnp.matmul(values, present(rows, weights), precision=highest),
+        lambda: total,
+    )
+    return total.reshape(grad.shape[1:])
 
 
 def flat(grad: jax.Array) -> jax.Array:

@@ -24,8 +24,10 @@ class ParameterRule:
       stacked_bytes: memory that the gradients of all environments would take.
       gramian: how its inner products are taken: `"rows"`, from the factors alone;
         `"tiles"`, a piece of all environments' gradients at a time; `"matching rows"`
-        of a table; `"stacked"`; `"blocks"`, some environments' gradients at a time,
-        computed again for each pair of blocks; `"none"`, they are zero.
+        of a table; `"held"`, from all gradients, which are no more than what they are
+        made of and are kept for a weighted sum; `"stacked"`; `"blocks"`, some
+        environments' gradients at a time, computed again for each pair of blocks;
+        `"none"`, they are zero.
       gramian_products: multiplications that this takes, beside forward and backward
         pass; of all parameters that are computed together.
       num_inputs: of the layer that it is the weights of, for `whiten_inputs`; None

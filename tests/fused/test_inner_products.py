@@ -1,5 +1,7 @@
 """Inner products of sums of outer products, by every way to them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import hardvary
 from hardvary.fused import rules
 from hardvary.fused.rules import inner_products
+from hardvary.fused.rules.scan import Scan
 from tests.fused._answers import make_env_oracle
 from tests.fused._models import build
 from tests.fused.test_zoo import SIGNED, WEIGHTS, check_env_grads
@@ -45,7 +48,7 @@ def test_every_way_at_every_budget_equals_the_products_of_stacked_gradients(size
             np.testing.assert_allclose(square, np.diag(expected), rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["rows", "tiles"])
+@pytest.mark.parametrize("form", ["rows", "tiles", "held"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -62,6 +65,7 @@ def test_every_way_at_every_budget_equals_the_products_of_stacked_gradients(size
 def test_models_by_the_way_that_is_not_the_cheaper_one(name, form, monkeypatch):
     monkeypatch.setattr(rules, "SMALL", 0)
     monkeypatch.setattr(inner_products, "_cheaper", lambda *_: (form, 0))
+    monkeypatch.setattr(Scan, "held", form == "held")
     monkeypatch.setattr(rules.Rule, "elements", lambda rule: 30)
     params, _, batch = build(name)
     batch = poison(batch, int(np.argmin(WEIGHTS)))
@@ -108,16 +112,70 @@ def test_gramian_and_norms_take_less_memory_than_stacked_gradients(
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * stacked
 
 
+@pytest.mark.parametrize("loss_fn", [dense, convolved])
+def test_gradients_of_many_rows_are_made_once_for_products_and_a_weighted_sum(loss_fn):
+    shape, batch = {
+        dense: ((300, 40), (8, 64, 300)),
+        convolved: ((8, 8, 3, 3), (8, 4, 8, 12, 12)),
+    }[loss_fn]
+
+    def plain(params, batch):
+        return jax.grad(lambda p: jax.vmap(loss_fn, (None, 0))(p, batch).sum())(params)
+
+    def ask(params, batch):
+        grad = hardvary.env_grads(loss_fn)(params, batch)
+        return grad.combine(1 / jnp.sqrt(jnp.diagonal(grad.gramian())))
+
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, batch)]
+    (row,) = hardvary.explain(loss_fn, *arguments).parameters
+    assert row.gramian == "held"
+    costs = {}
+    for function in (plain, ask):
+        text = jax.jit(function).lower(*arguments).as_text()
+        # A loop over environments makes one gradient in its body.
+        costs[function] = len(
+            re.findall(r"stablehlo.(?:dot_general|convolution)", text)
+        )
+    # Forward, the gradients; then their products and the weighted sum, or that of
+    # gradients some of which are not finite.
+    assert costs[ask] - costs[plain] <= 3
+
+
+def test_held_gradients_of_absent_environments_may_be_anything():
+    params = jnp.ones((3, 2))
+    x = jnp.ones((4, 16, 3)).at[1].set(jnp.nan).at[2].multiply(0.5)
+
+    @compile_quickly
+    def run(params, x, weights):
+        grad = hardvary.env_grads(dense)(params, x)
+        alone = grad.combine(weights + 0.0)
+        in_a_branch = jax.lax.cond(weights[0] > 0, grad.gramian, grad.gramian)
+        return grad.gramian(), in_a_branch, grad.combine(weights), alone
+
+    gramian, in_a_branch, held, alone = run(params, x, jnp.array([1.0, 0.0, -2.0, 0.0]))
+    np.testing.assert_array_equal(jnp.isnan(gramian).sum(), 7)
+    np.testing.assert_allclose(in_a_branch, gramian, rtol=1e-6)
+    assert np.isfinite(held).all()
+    np.testing.assert_allclose(held, alone, rtol=1e-5)
+    *_, held, _ = run(params, x, jnp.array([1.0, 1.0, 0.0, 0.0]))
+    assert np.isnan(held).all()
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "shape", "batch", "form", "products"),
     [
         (dense, (300, 40), (8, 1, 300), "rows", 64 * (300 + 40 + 4)),
-        (dense, (300, 40), (8, 64, 300), "tiles", 300 * 40 * (8 * 64 + 64)),
-        (convolved, (8, 8, 3, 3), (8, 1, 8, 9, 9), "stacked", 64 * 576),
+        (dense, (300, 40), (8, 16, 300), "tiles", 300 * 40 * (8 * 16 + 64)),
+        (dense, (300, 40), (8, 64, 300), "held", 64 * 300 * 40),
+        (convolved, (8, 8, 3, 3), (8, 1, 8, 9, 9), "held", 64 * 576),
+        (convolved, (8, 8, 3, 3), (8, 1, 8, 3, 3), "stacked", 64 * 576),
         (lambda p, x: jnp.sum(jnp.sin(p) * x), (7,), (8, 7), "stacked", 64 * 7),
         (lambda p, x: jnp.sum(x), (7,), (8, 7), "none", 0),
     ],
-    ids=["one row", "many rows", "convolution", "small", "unused"],
+    ids=[
+        *("one row", "some rows", "many rows"),
+        *("convolution", "convolution of few places", "small", "unused"),
+    ],
 )
 def test_explain_says_how_inner_products_are_taken(
     loss_fn, shape, batch, form, products

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _validate
+from hardvary._env_grads.kept import Kept
 from hardvary._env_grads.source import Source
 from hardvary._env_grads.statistics import MEAN, EnvWeights, along_envs, present
 from hardvary.fused.equations import spreads_nan
@@ -21,9 +22,11 @@ from hardvary.fused.traced import Traced
 from hardvary.fused.uses import Use
 
 # Products of the factors' rows; of tiles of the gradients; of the rows of a table that
-# two environments share; of gradients that are stacked, or held for some environments
-# at a time; nothing, where there are no gradients.
-GramianForm = Literal["rows", "tiles", "matching rows", "stacked", "blocks", "none"]
+# two environments share; of gradients that are stacked, held in place of what they are
+# made of, or made for some environments at a time; nothing, where there are none.
+GramianForm = Literal[
+    "rows", "tiles", "matching rows", "stacked", "held", "blocks", "none"
+]
 
 
 class Rule(Source):
@@ -31,12 +34,16 @@ class Rule(Source):
 
     A rule knows how to sum over environments; the rest it overrides where it has a
     faster form than `Source`.
+
+    Attributes:
+      kept: what several answers share.
     """
 
     def __init__(self, traced: Traced, group: Group) -> None:
         self.traced, self.group = traced, group
         self.leaves = [jnp.asarray(traced.leaves[i]) for i in group.leaves]
         self.num_envs = traced.num_envs
+        self.kept = Kept()
 
     def elements(self) -> int:
         """Elements that may be held at once.
@@ -82,7 +89,7 @@ class Rule(Source):
 
     def whitened(self, root: jax.Array | None) -> "Rule":
         result = copy.copy(self)
-        result.root = root
+        result.root, result.kept = root, Kept()
         return result
 
     def _raw_pair(self) -> tuple[jax.Array, jax.Array]:

@@ -247,6 +247,21 @@ class DotGeneral(Factors):
             right.reshape(*leading, sizes.outputs).astype(dtype),
         )
 
+    def stack(
+        self, data: Any, cotangent: Any, root: jax.Array | None = None
+    ) -> jax.Array:
+        """`[env, batch, input, output]`, all gradients, times the root's transpose."""
+        left, right = self.rearranged(data, cotangent)
+        by_rows = self.sizes.rows <= self.sizes.outputs
+        if root is not None:
+            root = root.astype(left.dtype)
+            if by_rows:
+                left = jnp.matmul(left, root, precision=_HIGHEST)
+        grads = jnp.einsum("ebri,ebro->ebio", left, right, precision=_HIGHEST)
+        if root is not None and not by_rows:
+            grads = jnp.einsum("ij,ebio->ebjo", root, grads, precision=_HIGHEST)
+        return grads
+
     def sum(self, data: Any, cotangent: Any, dtype: Any, precision: Any) -> jax.Array:
         """The sum of all outer products, in the layout in which the use takes it."""
         left, right = self.rearranged(data, cotangent)
@@ -256,6 +271,10 @@ class DotGeneral(Factors):
             right.astype(dtype),
             precision=precision,
         )
+        return self.as_used(product)
+
+    def as_used(self, total: jax.Array) -> jax.Array:
+        """`[batch, input, output]` in the layout in which the use takes it."""
         use = self._use
         mine_contract, mine_batch, *_ = sides(use)
         shape = use.eqn.invars[use.side].aval.shape
@@ -263,8 +282,8 @@ class DotGeneral(Factors):
             i for i in range(len(shape)) if i not in (*mine_contract, *mine_batch)
         ]
         axes = [*mine_batch, *mine_contract, *mine_free]
-        product = product.reshape([shape[axis] for axis in axes])
-        return jnp.transpose(product, [axes.index(axis) for axis in range(len(axes))])
+        total = total.reshape([shape[axis] for axis in axes])
+        return jnp.transpose(total, [axes.index(axis) for axis in range(len(axes))])
 
 
 class Convolution(Factors):

@@ -25,7 +25,6 @@ from hardvary._env_grads.statistics import (
 )
 from hardvary.fused.rules.factors import sides
 from hardvary.fused.rules.inner_products import sum_over
-from hardvary.fused.rules.layout import in_layout
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.uses import Use
 
@@ -97,10 +96,6 @@ class Product(Scan):
 
     def weighted_sum(self, weights: EnvWeights) -> list[jax.Array]:
         return self.sums([MEAN], weights)[MEAN]
-
-    def _in_layout(self, total: jax.Array) -> jax.Array:
-        (use,), (leaf,) = self.group.uses, self.group.leaves
-        return in_layout(self.traced, use.operands[0], leaf, total)
 
 
 def _sum_over_parts(function: Callable[..., Any], inputs: Any) -> Any:

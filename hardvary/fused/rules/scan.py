@@ -1,13 +1,15 @@
 """The rule for sums of products: a few environments at a time."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hardvary import _validate, sharding
-from hardvary._env_grads.source import inner_products, square_norms
+from hardvary._env_grads.source import inner_products, square_norms, weighted_sum
 from hardvary._env_grads.statistics import (
     EnvWeights,
     Statistic,
@@ -30,6 +32,7 @@ from hardvary.fused.rules.layout import in_layout
 
 # Environments whose convolutions' gradients are added up at once, on CPU.
 UNROLL = 2
+_STACK = "stack"
 
 
 class Scan(Rule):
@@ -62,6 +65,12 @@ class Scan(Rule):
         return sums
 
     def combine(self, weights: EnvWeights) -> list[jax.Array]:
+        if _STACK in self.kept:
+            totals = [weighted_sum(grad, weights) for grad in self.kept[_STACK]]
+            if not isinstance(self.factors, DotGeneral):
+                return totals
+            total = self.factors.as_used(totals[0])
+            return [self._in_layout(total.astype(_validate.wide(self.leaves[0].dtype)))]
         if self.root is not None and isinstance(self.factors, DotGeneral):
             sizes = self.factors.sizes
             if self.num_envs * sizes.rows < sizes.outputs:
@@ -71,19 +80,16 @@ class Scan(Rule):
 
     def weighted_sum(self, weights: EnvWeights) -> list[jax.Array]:
         left_behind = self.left_behind()
-        narrow = any(
-            jnp.issubdtype(leaf.dtype, jnp.inexact) and jnp.finfo(leaf.dtype).bits < 32
-            for leaf in jax.tree.leaves(left_behind)
-        )
+        narrow = self._is_narrow(jax.tree.leaves(left_behind))
         if isinstance(self.factors, DotGeneral):
-            (use,), (leaf,) = self.group.uses, self.group.leaves
+            (use,) = self.group.uses
             data, cotangent = (present(x, weights) for x in self._pair())
             dtype = _validate.wide(self.leaves[0].dtype)
             cotangent = cotangent.astype(_validate.wide(cotangent.dtype))
             cotangent *= along_envs(weights.values, cotangent).astype(cotangent.dtype)
             precision = use.eqn.params["precision"]
             total = self.factors.sum(data, cotangent, dtype, precision)
-            return [in_layout(self.traced, use.operands[0], leaf, total)]
+            return [self._in_layout(total)]
         # Sums in a narrow type would round, and may leave its range.
         convolved = self._is_convolved() and sharding.on_cpu()
         if narrow or convolved or self.spreads_nan:
@@ -92,6 +98,11 @@ class Scan(Rule):
 
     def gramian(self, axis_name: AxisName | None = None) -> list[jax.Array]:
         (form, _), factors = self.gramian_form(), self.factors
+        if self.held:
+            return [
+                inner_products(sharding.all_rows(grad, axis_name))
+                for grad in self._all_grads()
+            ]
         if self.root is not None and factors is not None:
             data, cotangent = self._raw_pair()
             data = sharding.all_rows(data, axis_name)
@@ -110,7 +121,38 @@ class Scan(Rule):
         factors = factors.of(len(data))
         return [factors.gramian(data, cotangent, self.elements())]
 
+    @functools.cached_property
+    def held(self) -> bool:
+        """Whether the gradients take the place of what they are made of.
+
+        Where they are no more than that: made once for their inner products, they are
+        there for a weighted sum.
+        """
+        if self._is_narrow(self.leaves) and not isinstance(self.factors, DotGeneral):
+            # They would be rounded.
+            return False
+        if self.factors is not None and self.factors.gramian_form()[0] == "rows":
+            return False
+        made_of = sum(np.size(leaf) for leaf in jax.tree.leaves(self.left_behind()))
+        return self.num_envs * self.size <= made_of
+
+    def _all_grads(self) -> list[jax.Array]:
+        """All gradients `[env, ...]`, of factors in their layout."""
+
+        def make() -> list[jax.Array]:
+            if isinstance(self.factors, DotGeneral):
+                return [self.factors.stack(*self._raw_pair(), self.root)]
+            plain = cast(Scan, self.whitened(None))
+            whitened: list[jax.Array] = jax.vmap(self._whiten)(
+                plain._of_envs(lambda grad: grad)
+            )
+            return whitened
+
+        return self.kept.once(_STACK, make)
+
     def gramian_form(self) -> tuple[GramianForm, int]:
+        if self.held:
+            return "held", super().gramian_form()[1]
         held = self.num_envs * self.size <= self.elements()
         if self.factors is not None and not (self._is_convolved() and held):
             return self.factors.gramian_form()
@@ -118,6 +160,8 @@ class Scan(Rule):
         return form if held else "blocks", products
 
     def square_norms(self) -> list[jax.Array]:
+        if self.held:
+            return [square_norms(grad) for grad in self._all_grads()]
         if self.factors is None or self._is_convolved():
             return self._of_envs(square_norms)
         return [self.factors.square_norms(*self._pair(), self.elements())]
@@ -135,6 +179,18 @@ class Scan(Rule):
             return [function(grad) for grad in self.pull_several(*left_behind)]
 
         return in_parts(one if size == 1 else some, self.left_behind(), size)
+
+    def _in_layout(self, total: jax.Array) -> jax.Array:
+        """A sum in the layout of the parameter as it is used."""
+        (use,), (leaf,) = self.group.uses, self.group.leaves
+        return in_layout(self.traced, use.operands[0], leaf, total)
+
+    def _is_narrow(self, arrays: Sequence[jax.Array]) -> bool:
+        return any(
+            jnp.issubdtype(array.dtype, jnp.inexact)
+            and jnp.finfo(array.dtype).bits < 32
+            for array in arrays
+        )
 
     def _is_convolved(self) -> bool:
         return any(convolution.applies(use) for use in self.group.uses)
