@@ -153,11 +153,11 @@ class Scan(Rule):
     def gramian_form(self) -> tuple[GramianForm, int]:
         if self.held:
             return "held", super().gramian_form()[1]
-        held = self.num_envs * self.size <= self.elements()
-        if self.factors is not None and not (self._is_convolved() and held):
+        fits = self.num_envs * self.size <= self.elements()
+        if self.factors is not None and not (self._is_convolved() and fits):
             return self.factors.gramian_form()
         form, products = super().gramian_form()
-        return form if held else "blocks", products
+        return form if fits else "blocks", products
 
     def square_norms(self) -> list[jax.Array]:
         if self.held:
