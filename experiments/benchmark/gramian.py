@@ -310,7 +310,10 @@ def make_step(
         "clip": functools.partial(hardvary.clip_env_norms, max_norm),
         "stacked_clip": functools.partial(hardvary.clip_env_norms, max_norm),
         "whitened": lambda: hardvary.whiten_inputs(
-            hardvary.spectral_and_mask(), every=REFRESH_EVERY
+            hardvary.spectral_and_mask(),
+            every=REFRESH_EVERY,
+            # Attention has other kernels than [..., in, out].
+            inputs_of=hardvary.explain(loss_fn, workload.params, workload.batch),
         ),
     }
     return finish_step(gradients, aggregators[contestant](), workload)

@@ -49,6 +49,18 @@ def refusing(request):
     return {"refused": "ValueError: no such layer"}
 
 
+@pytest.mark.parametrize("name", workloads.ALL_WORKLOADS)
+def test_every_step_of_this_library_takes_every_workload(name):
+    workload = workloads.build(name, SMALL)
+    for contestant in ("upgrad", "clip", "whitened"):
+        step, arguments = gramian.make_step(contestant, workload, 1.0)
+        params, _, loss = jax.eval_shape(step, *arguments)
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+            jnp.shape, workload.params
+        )
+        assert loss.shape == ()
+
+
 @pytest.fixture
 def fake_peers(monkeypatch):
     """PyTorch and JAX Privacy take the steps of this library, or refuse."""
