@@ -98,7 +98,7 @@ fuzz: $(READY)  ## Random programs, fused against stacked: PROGRAMS=10000 SEED=0
 lint: $(READY)  ## Ruff (lint and format) and mypy.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy --num-workers 2
+	$(RUN) -m mypy
 
 format: $(READY)  ## Let ruff fix and format.
 	$(RUN) -m ruff check --fix .
