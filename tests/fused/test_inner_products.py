@@ -141,6 +141,15 @@ def test_gradients_of_many_rows_are_made_once_for_products_and_a_weighted_sum(lo
     assert costs[ask] - costs[plain] <= 3
 
 
+def test_gradients_are_held_where_they_take_no_more_bytes():
+    def form(dtype):
+        arguments = [jax.ShapeDtypeStruct(s, dtype) for s in ((300, 40), (8, 60, 300))]
+        return hardvary.explain(dense, *arguments).parameters[0].gramian
+
+    # Gradients are float32, whatever they are made of.
+    assert (form(jnp.float32), form(jnp.bfloat16)) == ("held", "tiles")
+
+
 def test_held_gradients_of_absent_environments_may_be_anything():
     params = jnp.ones((3, 2))
     x = jnp.ones((4, 16, 3)).at[1].set(jnp.nan).at[2].multiply(0.5)

@@ -133,8 +133,10 @@ class Scan(Rule):
             return False
         if self.factors is not None and self.factors.gramian_form()[0] == "rows":
             return False
-        made_of = sum(np.size(leaf) for leaf in jax.tree.leaves(self.left_behind()))
-        return self.num_envs * self.size <= made_of
+        wide = [(x.size, _validate.wide(x.dtype)) for x in self.leaves]
+        grads = self.num_envs * sum(size * dtype.itemsize for size, dtype in wide)
+        left_behind = jax.tree.leaves(self.left_behind())
+        return grads <= sum(np.size(x) * x.dtype.itemsize for x in left_behind)
 
     def _all_grads(self) -> list[jax.Array]:
         """All gradients `[env, ...]`, of factors in their layout."""
