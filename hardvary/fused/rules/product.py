@@ -219,7 +219,7 @@ def _packed(masks: Sequence[jax.Array]) -> list[jax.Array]:
     # it can fuse into the loop over the parameter, and pack anew for each component.
     bits = jnp.concatenate([mask.reshape(num_envs, -1) for mask in masks], axis=1)
     bits = jnp.pad(bits, ((0, -num_envs % 32), (0, 0)))
-    bits = bits.reshape(-1, 32, bits.shape[1]).astype(jnp.uint32)
+    bits = bits.reshape(len(bits) // 32, 32, bits.shape[1]).astype(jnp.uint32)
     shifts = np.arange(32, dtype=np.uint32)[None, :, None]
     words = jnp.sum(bits << shifts, axis=1, dtype=jnp.uint32)
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
