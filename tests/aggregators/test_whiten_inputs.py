@@ -10,7 +10,11 @@ import pytest
 from flax import linen
 
 import hardvary
-from hardvary.aggregators.whiten_inputs import inverse_root
+from hardvary.aggregators.whiten_inputs import (
+    inverse_factor_by_library,
+    inverse_factor_by_products,
+    inverse_root,
+)
 from hardvary.fused import rules
 from hardvary.fused.rules.scan import Scan
 from tests._asserts import assert_trees_close
@@ -421,6 +425,24 @@ def test_inverse_root_without_damping_takes_inputs_that_are_always_zero():
     np.testing.assert_allclose(root[[0, 2]], [[0.5, 0, 0], [0, 0, 1]], atol=1e-4)
     assert np.all(np.isfinite(root))
     assert np.all(np.isfinite(inverse_root(jnp.zeros((2, 2)), 0.0)))
+
+
+@pytest.mark.parametrize("way", [inverse_factor_by_library, inverse_factor_by_products])
+@pytest.mark.parametrize("size", [1, 128, 129, 301])
+def test_factors_are_inverted_whatever_their_size(way, size):
+    rows = np.random.default_rng(0).normal(size=(2 * size, size))
+    moment = rows.T @ rows / max(2 * size, 1)
+    factor = np.asarray(jax.jit(way)(jnp.asarray(moment, jnp.float32)), np.float64)
+    np.testing.assert_array_equal(factor, np.tril(factor))
+    np.testing.assert_allclose(factor @ moment @ factor.T, np.eye(size), atol=1e-4)
+
+
+@pytest.mark.parametrize("way", [inverse_factor_by_library, inverse_factor_by_products])
+@pytest.mark.parametrize("place", [0, 100, 150, 199])
+def test_a_matrix_without_a_factor_has_no_finite_inverse(way, place):
+    for value in (-1.0, 0.0, np.nan):
+        broken = jnp.eye(200).at[place, place].set(value)
+        assert not np.all(np.isfinite(way(broken)))
 
 
 def test_inputs_on_several_devices_are_those_of_one():

@@ -145,10 +145,7 @@ class Scan(Rule):
             if isinstance(self.factors, DotGeneral):
                 return [self.factors.stack(*self._raw_pair(), self.root)]
             plain = cast(Scan, self.whitened(None))
-            whitened: list[jax.Array] = jax.vmap(self._whiten)(
-                plain._of_envs(lambda grad: grad)
-            )
-            return whitened
+            return plain._of_envs(jax.vmap(lambda grad: self._whiten([grad])[0]))
 
         return self.kept.once(_STACK, make)
 
