@@ -25,9 +25,11 @@ def largest_microbatch_size(
       make_step: from a `microbatch_size` to the step, jitted or not, a pure function of
         `args`. Jit it as it will be run: what it donates counts.
       args: arguments of the step; arrays, or `jax.ShapeDtypeStruct` in their place.
-      num_envs: number of environments, of which sizes are divisors.
+      num_envs: number of environments, of which sizes are divisors. On several
+        devices, of those on one of them.
       memory_budget: bytes that the step may take besides `args`: temporaries, and
-        results that do not go where a donated argument was.
+        results that do not go where a donated argument was. On several devices, of one
+        of them.
 
     Returns:
       A divisor of `num_envs`. The step with it was compiled and fits; more does not,

@@ -19,21 +19,23 @@ HERE = "experiments.vision.commands"
 FIGURES: dict[str, Command[Any, Any]] = {
     "8": later(
         f"{HERE}:figure",
-        "Final accuracies against the threshold; the runs of memorize.",
+        "Final accuracies against the threshold; the runs of memorize, trained if "
+        "missing.",
         MEMORIZE_PRESETS,
         VisionOptions,
         8,
     ),
     "9": later(
         f"{HERE}:figure",
-        "Learning curves with partly wrong labels; the runs of label-noise.",
+        "Learning curves with partly wrong labels; the runs of label-noise, trained if "
+        "missing.",
         LABEL_NOISE_PRESETS,
         VisionOptions,
         9,
     ),
     "16": later(
         f"{HERE}:figure",
-        "Learning curves at every threshold; the runs of memorize.",
+        "Learning curves at every threshold; the runs of memorize, trained if missing.",
         MEMORIZE_PRESETS,
         VisionOptions,
         16,
