@@ -411,9 +411,9 @@ def draw(
         position += 1
     axes.set_yticks(ticks, [LABELS[name] for name in medians])
     axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    axes.set_ylim(position - 1.3, -0.7)
     axes.grid(axis="y", visible=False)
-    axes.margins(x=0.08, y=0.01)
+    axes.margins(x=0.08)
     axes.set_xlabel("milliseconds per step (median; dots: every round)")
     drawn = [c for c in contestants if any(c in of_one for of_one in medians.values())]
     figure.legend(
