@@ -46,7 +46,7 @@ def check_bound(axis_name: AxisName | None, what: str) -> None:
 
 
 def _varying(leaf: Any) -> frozenset[Any]:
-    if not isinstance(leaf, jax.Array):
+    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return frozenset()
     return _compat.varying_axes(jax.typeof(leaf))
 

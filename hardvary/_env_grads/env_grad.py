@@ -167,9 +167,10 @@ class EnvGrad(NoArray):
     `value_and_env_grads` returns a tree of them, one at every leaf of the parameters.
     Aggregators take it as it is; it answers questions by itself, too. All answers are
     exact and in at least float32. But for `stack`, and parameters of a few numbers,
-    gradients of all environments are together in memory only where they take no more of
-    it than what the pass has left behind (`explain`: `"held"`). An absent
-    environment (`env_weights` 0) has the gradient 0, whatever its batch holds.
+    a parameter's gradients of all environments are together in memory only where they
+    take no more of it than the data and the cotangents that they are made of
+    (`explain`: `"held"`). An absent environment (`env_weights` 0) has the gradient 0,
+    whatever its batch holds.
 
     It is no array and no pytree: inside one `jit` it goes through `optax.chain`,
     `optax.partition`, `TrainState.apply_gradients` and `nnx.Optimizer.update`;

@@ -47,8 +47,8 @@ def weighting(
 
     The inner products are over all parameters that the transformation sees:
     `optax.partition` gives each group of parameters its own. No rule of this kind
-    depends on the basis of the parameters. Nothing is stacked where the gradients come
-    from `value_and_env_grads`.
+    depends on the basis of the parameters. `EnvGrad` says what of the gradients of
+    `value_and_env_grads` is stacked.
 
     Args:
       rule: `rule(gramian, **hyperparams) -> weights`, `[env, env]` to `[env]`, in at

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from hardvary import _validate
+from hardvary import _validate, sharding
 from hardvary._env_grads import forms
 from hardvary._env_grads.env_grad import EnvGrad
 from hardvary._typing import PyTree
@@ -225,9 +225,9 @@ def whiten_inputs(
             ]
 
         count = state.whiten_count
-        layers = jax.lax.cond(
-            count % every == 0, refresh, lambda layers: layers, state.layers
-        )
+        # Made inside of a shard_map, a state varies over fewer of its axes than inputs.
+        layers = sharding.vary_like(state.layers, jax.eval_shape(refresh, state.layers))
+        layers = jax.lax.cond(count % every == 0, refresh, lambda same: same, layers)
         whitened = [
             leaf._whitened(layer.root) if met else leaf
             for leaf, layer, met in zip(leaves, layers, used, strict=True)
@@ -285,17 +285,22 @@ def inverse_factor_by_products(matrix: jax.Array) -> jax.Array:
     LAPACK's threads keep processors busy for tens of milliseconds after a call, with
     which the steps that follow took half as long again on two cores.
     """
-    size = len(matrix)
-    if size <= 128:
-        return _inverse_factor_by_rows(matrix)
+    # Eight blocks at most: a program of them for each layer.
+    at_most = max(128, -(-len(matrix) // 8))
     multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    half = size // 2
-    first = inverse_factor_by_products(matrix[:half, :half])
-    below = multiply(matrix[half:, :half], first.T)
-    rest = matrix[half:, half:] - multiply(below, below.T)
-    second = inverse_factor_by_products(rest)
-    corner = -multiply(multiply(second, below), first)
-    return jnp.block([[first, jnp.zeros_like(below.T)], [corner, second]])
+
+    def invert(matrix: jax.Array) -> jax.Array:
+        size = len(matrix)
+        if size <= at_most:
+            return _inverse_factor_by_rows(matrix)
+        half = size // 2
+        first = invert(matrix[:half, :half])
+        below = multiply(matrix[half:, :half], first.T)
+        second = invert(matrix[half:, half:] - multiply(below, below.T))
+        corner = -multiply(multiply(second, below), first)
+        return jnp.block([[first, jnp.zeros_like(below.T)], [corner, second]])
+
+    return invert(matrix)
 
 
 def _inverse_factor_by_rows(matrix: jax.Array) -> jax.Array:

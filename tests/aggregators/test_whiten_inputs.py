@@ -428,7 +428,7 @@ def test_inverse_root_without_damping_takes_inputs_that_are_always_zero():
 
 
 @pytest.mark.parametrize("way", [inverse_factor_by_library, inverse_factor_by_products])
-@pytest.mark.parametrize("size", [1, 128, 129, 301])
+@pytest.mark.parametrize("size", [1, 128, 129, 301, 1025])
 def test_factors_are_inverted_whatever_their_size(way, size):
     rows = np.random.default_rng(0).normal(size=(2 * size, size))
     moment = rows.T @ rows / max(2 * size, 1)
@@ -463,6 +463,26 @@ def test_inputs_on_several_devices_are_those_of_one():
     )
     assert_trees_close(
         jax.jit(spread)(w, x), jax.jit(update)(w, x), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_states_made_on_each_device_whiten_as_others():
+    w, x = arrays((2, 3, 2), (2, 4, 5, 3))
+    tx = hardvary.whiten_inputs(hardvary.upgrad())
+    mesh = jax.make_mesh((2,), ("seed",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("seed")
+
+    def update(w, x):
+        grads = hardvary.env_grads(dense)(w, x)
+        return tx.update(grads, tx.init(w), w)
+
+    def of_own(w, x):
+        own = jax.tree.map(lambda leaf: leaf[0], (w, x))
+        return jax.tree.map(lambda leaf: leaf[None], update(*own))
+
+    spread = jax.shard_map(of_own, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    assert_trees_close(
+        jax.jit(spread)(w, x), jax.jit(jax.vmap(update))(w, x), rtol=1e-4, atol=1e-5
     )
 
 
