@@ -110,13 +110,16 @@ class LinearSettings:
     damping: float = 1e-6
     """Damping of methods that whiten: a share of the mean eigenvalue of the inputs'
     second moment."""
+    l2: float = 0.0
+    """Weight decay of methods with Adam: this times the weights, added to the gradient
+    before its moments."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 2, "examples")
         even = self.examples % 2 == 0
         require("examples", self.examples, even, "even: half of each class")
         require_at_least(self, 1, "steps")
-        require_each(self, ["damping"], lambda v: 0 <= v < 1, "in [0, 1)")
+        require_each(self, ["damping", "l2"], lambda v: 0 <= v < 1, "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import optax
 
 from experiments.shifts.config import LinearRun, LinearSettings, MethodName, Problem
 from experiments.shifts.linear_data import FEATURES, make_data, task_of
-from experiments.shifts.methods import METHODS, Setting, Whitening
+from experiments.shifts.methods import METHODS, Recipe, Setting, Whitening
 from experiments.shifts.training import (
     Data,
     State,
@@ -52,22 +52,32 @@ def train(config: LinearRun, seed: int) -> Iterator[tuple[Errors, jax.Array]]:
     """
     problem, method = config.problem, config.method
     data = data_for(config, problem, config.num_envs, method, seed)
-    run = _make_run(config.steps, config.damping, task_of(problem), method)
+    run = _make_run(config.steps, config.damping, config.l2, task_of(problem), method)
     for setting in config.settings:
         yield run(Setting(*map(np.float32, setting)), data)
 
 
 @functools.lru_cache(maxsize=4)
-def _make_run(steps: int, damping: float, task: Task, method: MethodName) -> Any:
+def _make_run(
+    steps: int, damping: float, l2: float, task: Task, method: MethodName
+) -> Any:
     schedule = optax.cosine_decay_schedule(1.0, steps)
     # The inputs are the same in every step.
     whitening = Whitening(damping, decay=0.0, every=steps)
+    recipe = Recipe(l2=l2)
 
     @jax.jit
     def run(setting: Setting, data: Data) -> tuple[Errors, jax.Array]:
         num_envs = len(data.train.labels)
         loop = make_steps(
-            task, apply, METHODS[method], setting, num_envs, schedule, whitening
+            task,
+            apply,
+            METHODS[method],
+            setting,
+            num_envs,
+            schedule,
+            whitening,
+            recipe,
         )
 
         def step(state: State, _: None) -> tuple[State, None]:

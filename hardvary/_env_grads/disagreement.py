@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hardvary._eigh import eigh
 from hardvary._env_grads import forms
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.products import total_gramian
@@ -72,7 +73,7 @@ def directions(gramian: jax.Array, shares: jax.Array) -> Directions:
     square_mean = jnp.sum(shares * with_mean)
     roots = jnp.sqrt(shares)
     centred = gramian - with_mean[:, None] - with_mean[None, :] + square_mean
-    values, vectors = jnp.linalg.eigh(roots[:, None] * centred * roots[None, :])
+    values, vectors = eigh(roots[:, None] * centred * roots[None, :])
     values, vectors = values[::-1], vectors[:, ::-1]
     # What is left of gradients that are the same is rounding of their products.
     largest = jnp.max(jnp.where(shares > 0, jnp.diagonal(gramian), 0))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hardvary import sharding
+from hardvary._eigh import eigh
 
 # Rounds of exchanges in which no infeasibility went away, before the problem is made an
 # easier one: cycles end there.
@@ -295,6 +296,6 @@ def pseudo_inverse_times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 
 def spectrum(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, 0 where they are rounding, and eigenvectors in columns."""
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     bound = len(matrix) * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
     return jnp.where(values > bound, values, 0), vectors

@@ -108,6 +108,7 @@ def test_linear_draws_its_figure_again(linear, tmp_path):
         (("--examples", "7"), "examples must be even: half of each class, got 7"),
         (("--seeds", "3", "1"), "seeds must be in ascending order, got (3, 1)"),
         (("--damping", "-1"), "damping must be in [0, 1), got -1.0"),
+        (("--l2", "-1"), "l2 must be in [0, 1), got -1.0"),
         (("--chosen", "nowhere.json"), "make it with linear-choose"),
     ],
 )

@@ -1,5 +1,7 @@
 """Every method of the comparison, on a problem small enough to look through."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +178,22 @@ def test_oracle_beats_averaging_where_spurious_features_are_turned_around():
         [(errors, _)] = train(run, 0)
         test[name] = float(errors["test"].mean())
     assert test["oracle"] < 0.03 < 0.2 < test["averaging_whitened"]
+
+
+def test_weight_decay_of_the_linear_model_costs_training_loss():
+    run = LinearRun(
+        examples=100,
+        steps=50,
+        problem="example1",
+        num_envs=ENVS,
+        method="averaging",
+        settings=((0.1, 0.0),),
+    )
+    losses = {}
+    for l2 in (0.0, 0.9):
+        [(errors, _)] = train(dataclasses.replace(run, l2=l2), 0)
+        losses[l2] = float(errors["train"].mean())
+    assert losses[0.0] < 0.99 * losses[0.9]
 
 
 def test_temporal_method_is_the_librarys_on_the_mean_gradient(data):

@@ -30,6 +30,31 @@ def test_table_of_noise_that_differs_is_of_the_committed_runs():
     assert format_markdown(table("linear"), "example1s", "over_oracle") in PAGE
 
 
+def test_table_with_weight_decay_is_of_the_committed_runs():
+    rows = [row for row in table("decay/linear") if row["num_envs"] > 5]
+    assert format_markdown(rows, "example3s") in PAGE
+
+
+def test_irm_with_weight_decay_is_as_strong_as_published():
+    (row,) = [
+        row
+        for row in table("decay/linear")
+        if (row["problem"], row["num_envs"], row["method"]) == ("example3s", 10, "irm")
+    ]
+    assert row["error"] <= 0.014
+
+
+def test_weight_decay_was_chosen_by_the_least_error_of_all_trials():
+    path = RESULTS / "decay" / "linear_chosen.json"
+    chosen = json.loads(path.read_text())
+    trials = table("decay/linear_trials")
+    for method, setting in chosen.items():
+        own = [row for row in trials if row["method"] == method]
+        best = min(own, key=lambda row: row["held_out_share"])
+        for name in ("l2", "learning_rate", "number"):
+            assert best[name] == setting[name]
+
+
 def test_table_of_levels_is_of_the_committed_runs():
     assert format_markdown(table("levels"), "levels") in PAGE
 
@@ -77,7 +102,7 @@ def test_nothing_whitened_wins_the_own_shortcut_and_all_gain_on_coloured_labels(
             assert row["high"] < plain["low"]
 
 
-@pytest.mark.parametrize("name", [*TABLES, "plain/linear"])
+@pytest.mark.parametrize("name", [*TABLES, "plain/linear", "decay/linear"])
 def test_summary_is_of_the_committed_seeds(name):
     found = summarize(table(f"{name}_seeds"))
     for row, kept in zip(found, table(name), strict=True):
