@@ -15,14 +15,16 @@ from tests import zoo
 
 QUICK = {**zoo.QUICK, "xla_llvm_disable_expensive_passes": True}
 AS_USERS_DO = compiler.get_compile_options
+UNKNOWN = mlir.ir.Location.unknown
 # Needs another interpreter, with PyTorch.
 collect_ignore = ["golden/make_torchjd.py"]
 EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 
 # Before anything uses a device: the number is fixed by then.
 jax.config.update("jax_num_cpu_devices", 8)
-# Whole stacks of calls in the programs, which nothing here reads.
-jax.config.update("jax_include_full_tracebacks_in_locations", False)
+# With all that is said of a program, which is nothing (`programs_without_locations`):
+# to leave it out it would be copied.
+jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
 # What JAX caches stays: looking it through as often as Python would is a twentieth of
 # what the tests cost.
 gc.set_threshold(50_000, 20, 50)
@@ -69,6 +71,17 @@ def quick_compilation():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", quickly)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs_without_locations():
+    """Lowers programs without saying where each of their operations comes from.
+
+    Nothing here reads it, and finding it out is a twentieth of what lowering costs.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "source_info_to_location", lambda *_: UNKNOWN())
         yield
 
 

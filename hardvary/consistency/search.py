@@ -173,7 +173,11 @@ def inconsistency(
 
     # The paths of all searches would take far more memory than that of the best so far.
     def body(best: tuple[Found, jax.Array], chunk: Any) -> Any:
-        found = jax.vmap(run)(*chunk)
+        if at_once == 1:
+            # Mapped over one, every loop inside would be traced again and again.
+            found = jax.tree.map(lambda leaf: leaf[None], run(*(x[0] for x in chunk)))
+        else:
+            found = jax.vmap(run)(*chunk)
         index = jnp.argmax(found.value)  # NaN, if there is any
         better = ~(found.value[index] <= best[0].value)
         candidate = jax.tree.map(lambda leaf: leaf[index], (found, chunk[0]))
@@ -182,9 +186,7 @@ def inconsistency(
         )
         return chosen, found.value
 
-    first = (jax.eval_shape(run, runs[0], keys[0]), runs[0])
-    first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-    first = (first[0]._replace(value=jnp.full_like(first[0].value, -jnp.inf)), first[1])
+    first = (search.nothing(num_steps), jnp.zeros_like(runs[0]))
     inputs = jax.tree.map(
         lambda leaf: leaf.reshape(chunks, at_once, *leaf.shape[1:]), (runs, keys)
     )

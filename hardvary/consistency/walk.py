@@ -128,6 +128,12 @@ class Search:
         value = jnp.where(jnp.isnan(base), jnp.nan, value)
         return Found(value, path, jnp.max(deviations), jnp.max(jumps))
 
+    def nothing(self, num_steps: int) -> Found:
+        """What is there before the first search."""
+        zero = jnp.zeros((), self.origin.dtype)
+        path = jnp.zeros((num_steps + 1, self.origin.size), self.origin.dtype)
+        return Found(zero - jnp.inf, path, zero, zero)
+
     def allowed(self, deviation: jax.Array, point: jax.Array) -> jax.Array:
         near = jnp.linalg.norm(point - self.origin) <= self._max_distance
         return (deviation <= self.epsilon) & near
@@ -227,10 +233,10 @@ class _Walk:
     ) -> tuple[jax.Array, jax.Array]:
         """Directions [ray, n], and how far to look along them [ray]."""
         search = self._search
-        value, slope = jax.value_and_grad(self._own)(point)
+        (value, slope), derivative = jax.linearize(jax.value_and_grad(self._own), point)
 
         def hessian(vector: jax.Array) -> jax.Array:
-            return jax.jvp(jax.grad(self._own), (point,), (vector,))[1]
+            return derivative(vector)[1]
 
         probe, stray = jax.random.normal(key, (2, len(point)), point.dtype)
         shift = (
