@@ -22,7 +22,7 @@ EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 
 # Before anything uses a device: the number is fixed by then.
 jax.config.update("jax_num_cpu_devices", 8)
-# With all that is said of a program, which is nothing (`programs_without_locations`):
+# With all that is said of a program, which is nothing (`quick_lowering`):
 # to leave it out it would be copied.
 jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
 # What JAX caches stays: looking it through as often as Python would is a twentieth of
@@ -74,14 +74,22 @@ def quick_compilation():
         yield
 
 
+class _Everything(set):
+    def __contains__(self, item):
+        return True
+
+
 @pytest.fixture(autouse=True, scope="session")
-def programs_without_locations():
+def quick_lowering():
     """Lowers programs without saying where each of their operations comes from.
 
-    Nothing here reads it, and finding it out is a twentieth of what lowering costs.
+    Nothing here reads it, and finding it out is a tenth of what lowering costs. Another
+    fifth are functions that JAX makes of operations, for those that come again.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlir, "source_info_to_location", lambda *_: UNKNOWN())
+        # Older versions make none.
+        patch.setattr(mlir, "_uncacheable_primitives", _Everything(), raising=False)
         yield
 
 
