@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from hardvary import _eigh
+from tests._compat import enable_x64
 from tests.zoo import compile_quickly
 
 RNG = np.random.default_rng
@@ -62,7 +63,7 @@ def test_rotations_end_at_eigenvalues_and_orthogonal_vectors(name):
 
 @pytest.mark.parametrize("name", ["generic", "of odd size", "singular"])
 def test_rotations_of_float64_are_as_precise_as_it_is(name):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         matrix = jnp.asarray(MATRICES[name])
         assert matrix.dtype == jnp.float64
         values, vectors = jax.jit(_eigh.by_rotations)(matrix)
