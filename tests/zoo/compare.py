@@ -16,6 +16,8 @@ QUICK = {
     "xla_backend_optimization_level": 0,
     # Parts for several threads to compile, each with costs of its own.
     "xla_cpu_parallel_codegen_split_count": 1,
+    # Both processors are busy with tests of their own.
+    "xla_cpu_multi_thread_eigen": False,
 }
 if jax.__version_info__ < (0, 11):  # then it lost the option
     QUICK["xla_cpu_use_fusion_emitters"] = False
