@@ -15,7 +15,6 @@ from tests import zoo
 
 QUICK = {**zoo.QUICK, "xla_llvm_disable_expensive_passes": True}
 AS_USERS_DO = compiler.get_compile_options
-UNKNOWN = mlir.ir.Location.unknown
 # Needs another interpreter, with PyTorch.
 collect_ignore = ["golden/make_torchjd.py"]
 EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
@@ -87,7 +86,9 @@ def quick_lowering():
     fifth are functions that JAX makes of operations, for those that come again.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlir, "source_info_to_location", lambda *_: UNKNOWN())
+        patch.setattr(
+            mlir, "source_info_to_location", lambda *_: mlir.ir.Location.unknown()
+        )
         # Older versions make none.
         patch.setattr(mlir, "_uncacheable_primitives", _Everything(), raising=False)
         yield
