@@ -92,7 +92,8 @@ def inconsistency(
         Neighbourhoods of networks are often unbounded, and scores in them too.
       num_samples: points on each edge of a path at which the loss of `e` is checked.
       batch_size: so many searches run at once; without it one after the other. Takes
-        memory for some 240 copies of the parameters each.
+        memory for some 900 copies of the parameters each, and what the loss takes at
+        408 points at once.
 
     Returns:
       An `Inconsistency`. The dtype of its scores is that of the parameters.
