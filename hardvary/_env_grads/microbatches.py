@@ -14,9 +14,10 @@ from hardvary._env_grads.statistics import (
     Sums,
     sums_by_parts,
 )
+from hardvary._loops import in_parts
 from hardvary._typing import AxisName
 from hardvary.fused.rules import AllRules
-from hardvary.fused.rules.inner_products import gramian_by_blocks, in_parts
+from hardvary.fused.rules.inner_products import gramian_by_blocks
 from hardvary.fused.traced import Traced
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _validate, sharding
+from hardvary._loops import zeros_after
 from hardvary._typing import AxisName, PyTree
 
 LOG_EPS = 1e-10
@@ -252,7 +253,6 @@ def sums_by_parts(
     num_parts: int,
     like: Sequence[Any],
     statistics: Sequence[Statistic],
-    unroll: int = 1,
 ) -> tuple[Sums, PyTree]:
     """Adds up what `sums_of(*part)` returns for each part of the environments.
 
@@ -262,7 +262,6 @@ def sums_by_parts(
       num_parts: number of parts, a divisor of the number of environments.
       like: the parameters whose statistics are summed.
       statistics: keys of `sums`.
-      unroll: parts in a row whose sums are added in one pass over the totals.
 
     Returns:
       The sums, and `other` with leaves `[env, ...]`.
@@ -282,11 +281,9 @@ def sums_by_parts(
         added = [sums[statistic] for statistic in statistics]
         return jax.tree.map(jnp.add, total, added), other
 
-    zeros = [[zero_sum(leaf) for leaf in like] for _ in statistics]
-    zeros = sharding.vary_like(zeros, (inputs, like))
-    totals, other = jax.lax.scan(
-        body, zeros, jax.tree.map(split, inputs), unroll=unroll
-    )
+    start = [[jax.eval_shape(zero_sum, leaf) for leaf in like] for _ in statistics]
+    start = sharding.vary_like(zeros_after(start, inputs), like)
+    totals, other = jax.lax.scan(body, start, jax.tree.map(split, inputs))
 
     def join(leaf: jax.Array) -> jax.Array:
         return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])

@@ -13,6 +13,7 @@ from hardvary import _validate
 from hardvary._env_grads.kept import Kept
 from hardvary._env_grads.source import Source
 from hardvary._env_grads.statistics import MEAN, EnvWeights, along_envs, present
+from hardvary._loops import mapped
 from hardvary.fused.equations import spreads_nan
 from hardvary.fused.grouping import Group
 from hardvary.fused.program import Bindings, Value
@@ -193,7 +194,7 @@ class Rule(Source):
         if not self.spreads_nan:
             return jax.vmap(self.pull())(saved, cotangents)
         pull = self.pull(alone=True)
-        return jax.lax.map(lambda left: pull(*left), (saved, cotangents))
+        return mapped(lambda left: pull(*left), (saved, cotangents))
 
     def pull(self, alone: bool = False) -> Callable[[Any, Any], list[jax.Array]]:
         """The gradients, as a function of what one environment left behind.

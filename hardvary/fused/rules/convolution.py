@@ -295,7 +295,9 @@ def as_kernel(result: jax.Array, numbers: Any) -> jax.Array:
 class Pieces:
     """What the places of a convolution's window see of its input.
 
-    Args: as of `kernel_gradient`; no size may be 0.
+    Args:
+      data, cotangent, params, shape: as of `kernel_gradient`; no size may be 0.
+      zero: what is around the data.
 
     Attributes:
       starts: where in the padded input pieces begin, along each axis.
@@ -310,6 +312,7 @@ class Pieces:
         cotangent: jax.Array,
         params: dict[str, Any],
         shape: Sequence[int],
+        zero: Any = 0,
     ) -> None:
         numbers = params["dimension_numbers"]
         self._groups: int = params["feature_group_count"]
@@ -318,7 +321,7 @@ class Pieces:
         data = _features_last(data, numbers.lhs_spec)
         cotangent = _features_last(cotangent, numbers.out_spec)
         paddings = [(0, 0, 0), *(a.padding for a in self.axes), (0, 0, 0)]
-        self._data = jax.lax.pad(data, jnp.zeros((), data.dtype), paddings)
+        self._data = jax.lax.pad(data, jnp.asarray(zero, data.dtype), paddings)
         self._rows = math.prod(cotangent.shape[:-1])
         self.inputs = data.shape[-1] // self._groups
         self.right = cotangent.reshape(self._rows, self._groups, -1)

@@ -18,12 +18,15 @@ import numpy as np
 
 from hardvary import _validate
 from hardvary._env_grads.source import inner_products as products_of
+from hardvary._loops import divisor, mapped, sum_over, zeros_after
 from hardvary.fused.program import Program
 from hardvary.fused.rules import convolution, inner_products, layout
 from hardvary.fused.rules.inner_products import Sizes
 from hardvary.fused.uses import Use
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+# Elements of an environment's part of a tile of a convolution's gradients.
+_NARROWEST = 64 * 128
 
 
 class Factors(abc.ABC):
@@ -309,7 +312,7 @@ class Convolution(Factors):
 
     def moment(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         patches = self.sizes.rows * self.sizes.pieces * self.sizes.inputs
-        size = inner_products.divisor(len(data), elements // patches)
+        size = divisor(len(data), elements // patches)
 
         def of_part(start: jax.Array) -> jax.Array:
             own, sent = (
@@ -320,7 +323,7 @@ class Convolution(Factors):
             return jnp.matmul(rows.T, rows, precision=_HIGHEST)
 
         starts = np.arange(0, len(data), size, dtype=np.uint32)
-        total = inner_products.sum_over(of_part, starts, (data, cotangent))
+        total = sum_over(of_part, starts, (data, cotangent))
         order = self._pieces(data[:1], cotangent[:1]).window_order()
         return total[order][:, order] / self.sizes.rows
 
@@ -332,7 +335,7 @@ class Convolution(Factors):
         # Narrower tiles took a step of a CNN a sixth longer on a CPU.
         elements *= 3
         tile = num_envs * max(self.sizes.rows, self.sizes.outputs)
-        size = inner_products.divisor(len(root), elements // tile)
+        size = divisor(len(root), elements // tile)
 
         def of(start: jax.Array) -> jax.Array:
             columns = jax.lax.dynamic_slice_in_dim(root, start, size, axis=1)
@@ -341,7 +344,7 @@ class Convolution(Factors):
             return inner_products.gramian_by_tiles(left, right, elements)
 
         starts = np.arange(0, len(root), size, dtype=np.uint32)
-        return inner_products.sum_over(of, starts, (data, cotangent, root))
+        return sum_over(of, starts, (data, cotangent, root))
 
     def _gramian_of_whitened(
         self, data: Any, cotangent: Any, root: jax.Array, elements: int
@@ -349,7 +352,7 @@ class Convolution(Factors):
         params = self._use.eqn.params
         numbers, outputs = params["dimension_numbers"], self.sizes.outputs
         tile = len(data) * len(root)
-        size = inner_products.divisor(outputs, elements // tile)
+        size = divisor(outputs, elements // tile)
         shape = list(self._use.eqn.invars[1].aval.shape)
         shape[numbers.rhs_spec[0]] = size
 
@@ -362,11 +365,11 @@ class Convolution(Factors):
                 return convolution.kernel_gradient(own, sent, params, shape, alone=True)
 
             # One at a time, as in `Scan`.
-            grads = jax.lax.map(of_env, (data, part))
+            grads = mapped(of_env, (data, part))
             return products_of(jax.vmap(self.times, (None, 0))(root.T, grads))
 
         starts = np.arange(0, outputs, size, dtype=np.uint32)
-        return inner_products.sum_over(of, starts, (data, cotangent, root))
+        return sum_over(of, starts, (data, cotangent, root))
 
     def gramian(self, data: Any, cotangent: Any, elements: int) -> jax.Array:
         by_rows = self.gramian_form()[0] == "rows"
@@ -389,7 +392,9 @@ class Convolution(Factors):
     def _pieces(self, data: Any, cotangent: Any) -> convolution.Pieces:
         shape = self._use.eqn.invars[1].aval.shape
         pair = self._together(data, cotangent)
-        return convolution.Pieces(*pair, self._use.eqn.params, shape)
+        # Padded once more from the forward pass on, otherwise.
+        zero = zeros_after(jax.ShapeDtypeStruct((), pair[0].dtype), [cotangent])
+        return convolution.Pieces(*pair, self._use.eqn.params, shape, zero)
 
     def _times_patches(self, data: Any, cotangent: Any, columns: Any) -> jax.Array:
         """`[(env, row), column]`, the inputs of every row times `[input, column]`."""
@@ -435,19 +440,22 @@ class Convolution(Factors):
         # Together no larger than the cotangents, and products of matrices that are not
         # too narrow.
         together = min(self.sizes.outputs // self.sizes.inputs, elements // tile)
-        size = inner_products.divisor(count, together)
+        size = divisor(count, together)
+        # Everything that the pass left behind may still be there. Where tiles are
+        # narrower, copies of what is cut take as long as the products.
+        at_once = min(elements, max(elements // 4, num_envs * _NARROWEST))
 
         def of(part: Any) -> jax.Array:
             left = [
                 self._by_env(pieces.at([starts[i] for starts in part]), num_envs)
                 for i in range(size)
             ]
-            return way(jnp.concatenate(left, axis=3), right, elements)
+            return way(jnp.concatenate(left, axis=3), right, at_once)
 
         parts = [axis.reshape(count // size, size) for axis in starts]
         if size == count:
             return of([[int(i) for i in axis] for axis in starts])
-        return inner_products.sum_over(of, parts, (data, right))
+        return sum_over(of, parts, (data, right))
 
 
 def _wider(*arrays: jax.Array) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 
 from hardvary import sharding
 from hardvary._env_grads.source import flat
+from hardvary._loops import divisor, in_parts, sum_over
 from hardvary._typing import AxisName
 
 # Elements of a product of rows cost more than their two factors: two more passes.
@@ -207,52 +208,6 @@ def _over_tiles(
         return of(right)
     total = sum_over(at, np.arange(whole, dtype=np.uint32) * size, (left, right))
     return total + of(right[..., whole * size :]) if rest else total
-
-
-def in_parts(function: Callable[[Any], Any], inputs: Any, size: int) -> Any:
-    """`function` of `size` environments at a time, results `[env, ...]` joined."""
-    num_envs = len(jax.tree.leaves(inputs)[0])
-    if size == num_envs:
-        return function(inputs)
-
-    if size == 1:
-        # XLA on CPU copies what is reshaped in front of a loop.
-        one = lambda part: function(jax.tree.map(lambda x: x[None], part))  # noqa: E731
-        return jax.tree.map(lambda x: jnp.squeeze(x, 1), jax.lax.map(one, inputs))
-
-    def split(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(num_envs // size, size, *leaf.shape[1:])
-
-    def join(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(num_envs, *leaf.shape[2:])
-
-    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, inputs)))
-
-
-def sum_over(function: Callable[[Any], Any], parts: Any, others: Any) -> Any:
-    """The sum of `function` over axis 0 of `parts`, one after the other.
-
-    Args:
-      function: from a part to an array, or a tree of arrays.
-      parts: leaves with one more axis in front.
-      others: arrays that it closes over.
-    """
-
-    def body(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(part)), None
-
-    like = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], parts))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-    zeros = sharding.vary_like(zeros, (parts, others))
-    total, _ = jax.lax.scan(body, zeros, parts)
-    return total
-
-
-def divisor(number: int, at_most: int) -> int:
-    """The largest divisor of `number` up to a bound, at least 1."""
-    return max(
-        d for d in range(1, number + 1) if number % d == 0 and d <= max(at_most, 1)
-    )
 
 
 def _einsum(formula: str, left: jax.Array, right: jax.Array) -> jax.Array:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from hardvary import _validate, sharding
 from hardvary._env_grads.source import inner_products
 from hardvary._env_grads.statistics import EnvWeights, Statistic, Sums, present
+from hardvary._loops import divisor, in_parts, sum_over
 from hardvary._typing import AxisName
 from hardvary.fused.equations import wide_indices
 from hardvary.fused.rules.base import GramianForm, Rule
-from hardvary.fused.rules.inner_products import divisor, in_parts, sum_over
 from hardvary.fused.rules.layout import in_layout
 from hardvary.fused.uses import Use
 

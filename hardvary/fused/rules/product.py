@@ -5,7 +5,7 @@ of f of the factors: sums, sums of squares, sums of signs.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,8 @@ from hardvary._env_grads.statistics import (
     present,
     sign_or_nan,
 )
+from hardvary._loops import sum_in_parts
 from hardvary.fused.rules.factors import sides
-from hardvary.fused.rules.inner_products import sum_over
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.uses import Use
 
@@ -55,7 +55,10 @@ class Product(Scan):
             data, cotangent = (present(x, weights) for x in (data, cotangent))
             return [self._sum(s, data, cotangent, weights) for s in wanted]
 
-        totals = _sum_over_parts(of, (*self._pair(), weights))
+        inputs = (*self._pair(), weights)
+        # What is multiplied is then copied, or packed in words, for a part of them.
+        at_once = PART if sharding.on_cpu() else self.num_envs
+        totals = sum_in_parts(of, inputs, at_once)
         for statistic, total in zip(wanted, totals, strict=True):
             total = total.astype(_validate.wide(self.leaves[0].dtype))
             result[statistic] = [self._in_layout(total)]
@@ -96,34 +99,6 @@ class Product(Scan):
 
     def weighted_sum(self, weights: EnvWeights) -> list[jax.Array]:
         return self.sums([MEAN], weights)[MEAN]
-
-
-def _sum_over_parts(function: Callable[..., Any], inputs: Any) -> Any:
-    """`function(*inputs)`, a sum over environments, on CPU of some at a time.
-
-    What is multiplied is then copied, or packed in words, for a part of them alone.
-
-    Args:
-      function: from inputs of some environments to a tree of sums.
-      inputs: leaves `[env, ...]`.
-    """
-    num_envs = len(inputs[0])
-    whole = num_envs // PART
-    if whole == 0 or num_envs == PART or not sharding.on_cpu():
-        return function(*inputs)
-
-    def cut(start: Any, size: int) -> Any:
-        # Where they are: XLA on CPU copies what is reshaped in front of a loop.
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), inputs
-        )
-
-    starts = np.arange(whole, dtype=np.uint32) * PART
-    total = sum_over(lambda start: function(*cut(start, PART)), starts, inputs)
-    if num_envs % PART:
-        last = function(*cut(np.uint32(whole * PART), num_envs % PART))
-        total = jax.tree.map(jnp.add, total, last)
-    return total
 
 
 def _outer(

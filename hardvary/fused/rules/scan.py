@@ -18,16 +18,14 @@ from hardvary._env_grads.statistics import (
     present,
     sum_over_envs,
     sums_by_parts,
+    zero_sum,
 )
+from hardvary._loops import divisor, in_parts, sum_in_parts
 from hardvary._typing import AxisName
 from hardvary.fused.rules import convolution
 from hardvary.fused.rules.base import GramianForm, Rule
 from hardvary.fused.rules.factors import DotGeneral
-from hardvary.fused.rules.inner_products import (
-    divisor,
-    gramian_by_blocks,
-    in_parts,
-)
+from hardvary.fused.rules.inner_products import gramian_by_blocks
 from hardvary.fused.rules.layout import in_layout
 
 # Environments whose convolutions' gradients are added up at once, on CPU.
@@ -52,15 +50,21 @@ class Scan(Rule):
             grads = self.pull_several(saved, cotangents)
             return sum_over_envs(grads, statistics, weights), None
 
-        # Several in a row are added to the sums in one pass over these.
-        convolved = self._is_convolved()
+        if size == 1 and self._is_convolved():
+
+            def alone(*inputs: Any) -> list[list[jax.Array]]:
+                sums, _ = one(*inputs)
+                return [sums[statistic] for statistic in statistics]
+
+            like = [[zero_sum(leaf) for leaf in self.leaves] for _ in statistics]
+            totals = sum_in_parts(alone, inputs, 1, UNROLL, like)
+            return dict(zip(statistics, totals, strict=True))
         sums, _ = sums_by_parts(
             one if size == 1 else several,
             inputs,
             self.num_envs // size,
             self.leaves,
             statistics,
-            unroll=UNROLL if convolved and size == 1 else 1,
         )
         return sums
 
@@ -177,7 +181,11 @@ class Scan(Rule):
         def some(left_behind: Any) -> list[jax.Array]:
             return [function(grad) for grad in self.pull_several(*left_behind)]
 
-        return in_parts(one if size == 1 else some, self.left_behind(), size)
+        like = [
+            jax.eval_shape(function, jax.ShapeDtypeStruct((size, *x.shape), x.dtype))
+            for x in self.leaves
+        ]
+        return in_parts(one if size == 1 else some, self.left_behind(), size, like)
 
     def _in_layout(self, total: jax.Array) -> jax.Array:
         """A sum in the layout of the parameter as it is used."""
