@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import os
 import pathlib
 
 import hypothesis
@@ -21,6 +22,10 @@ EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 
 # Before anything uses a device: the number is fixed by then.
 jax.config.update("jax_num_cpu_devices", 8)
+# Before anything decomposes a matrix: SciPy's OpenBLAS, which does it on CPUs, reads it
+# when it is loaded. Its threads wait for more work in a busy loop, on processors that
+# have tests of their own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # With all that is said of a program, which is nothing (`quick_lowering`):
 # to leave it out it would be copied.
 jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
