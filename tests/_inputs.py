@@ -4,12 +4,12 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import hardvary
+from tests.zoo.blocks import floats
 
 STATISTICS = ("mean", "sign", "square", "log_abs", "abs", "nonzero")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -56,9 +56,7 @@ def map_shapes(function, name):
 def make_params(name, dtype="float32"):
     """Parameters away from zero, with a value of their own in every component."""
     return map_shapes(
-        lambda shape: jnp.asarray(
-            1 + np.arange(math.prod(shape)).reshape(shape) / 8, dtype
-        ),
+        lambda shape: floats(1 + np.arange(math.prod(shape)).reshape(shape) / 8, dtype),
         name,
     )
 
@@ -74,7 +72,7 @@ def make_grads(name, num_envs, seed=0, dtype="float32", scale=1.0):
         # A drift of each component's own: some agree everywhere, some nowhere.
         drift = rng.integers(-6, 7, size=shape)
         noise = rng.integers(-4, 5, size=(num_envs, *shape))
-        return jnp.asarray(scale * (drift + noise) / 4, dtype)
+        return floats(scale * (drift + noise) / 4, dtype)
 
     return map_shapes(leaf, name)
 
@@ -90,7 +88,7 @@ def stacked_grads(draw, cases=(("array", 1), ("nested", 3), ("zero_size", 8))):
 
     def leaf(shape):
         values = draw(hnp.arrays(np.float32, (num_envs, *shape), elements=element))
-        return jnp.asarray(values)
+        return floats(values)
 
     return map_shapes(leaf, name)
 

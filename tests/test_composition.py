@@ -16,6 +16,7 @@ import hardvary
 from tests._asserts import assert_trees_close
 from tests._inputs import STATISTICS
 from tests.zoo import compile_quickly
+from tests.zoo.blocks import floats
 
 NUM_ENVS = 4
 ORACLES = {
@@ -30,14 +31,14 @@ not_stacked = pytest.mark.parametrize("form", ["env_grads", "grad_stats"])
 def make_params():
     rng = np.random.default_rng(0)
     return {
-        "w": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
-        "b": jnp.asarray(rng.normal(size=2), jnp.float32),
+        "w": floats(rng.normal(size=(3, 2))),
+        "b": floats(rng.normal(size=2)),
     }
 
 
 def make_batch(seed=1):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(NUM_ENVS, 5, 3)), jnp.float32)
+    return floats(rng.normal(size=(NUM_ENVS, 5, 3)))
 
 
 def loss_fn(params, x):

@@ -19,6 +19,7 @@ import hardvary
 from tests._asserts import assert_like_params, assert_trees_close, assert_trees_equal
 from tests._compat import enable_x64
 from tests._inputs import DTYPES, SHAPES, make_grads, make_params
+from tests.zoo.blocks import floats
 
 NUM_ENVS = 4
 
@@ -366,7 +367,7 @@ def test_transformation_on_flax_parameters_trains(case, problem):
         params, apply = problem()
         tx = optax.chain(make(case), optax.sgd(0.01))
         rng = np.random.default_rng(0)
-        x = jnp.asarray(rng.normal(size=(NUM_ENVS, 8, 2)), jnp.float32)
+        x = floats(rng.normal(size=(NUM_ENVS, 8, 2)))
 
         def loss_fn(params, x):
             return jnp.mean((apply(params, x) - x.sum(-1, keepdims=True)) ** 2)
@@ -393,7 +394,7 @@ def test_grad_stats_of_flax_parameters_equal_the_stacked_form(problem):
     with jax.numpy_rank_promotion("allow"):
         params, apply = problem()
         rng = np.random.default_rng(0)
-        x = jnp.asarray(rng.normal(size=(NUM_ENVS, 8, 2)), jnp.float32)
+        x = floats(rng.normal(size=(NUM_ENVS, 8, 2)))
 
         def loss_fn(params, x):
             return jnp.mean((apply(params, x) - x.sum(-1, keepdims=True)) ** 2)

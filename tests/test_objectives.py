@@ -16,6 +16,7 @@ from tests._asserts import assert_trees_close, assert_trees_equal, field_of
 from tests._compat import enable_x64
 from tests._inputs import DTYPES, make_params
 from tests.test_errors import raises
+from tests.zoo.blocks import floats
 
 CASES = ("binary", "multiclass")
 
@@ -366,7 +367,7 @@ def test_reverse_gradient_in_the_loss_of_an_oracle_reverses(method):
         return jnp.mean(reverse_gradient(features, 0.5) @ params["critic"])
 
     params = {"features": jnp.eye(3, 2), "critic": jnp.array([1.0, -2.0])}
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 3)), "float32")
+    x = floats(np.random.default_rng(0).normal(size=(4, 5, 3)))
     stats = hardvary.grad_stats(loss_fn, method=method)(params, x)
     stacked = jax.vmap(jax.grad(loss_fn), (None, 0))(params, x)
     assert_trees_close(
@@ -435,10 +436,10 @@ def test_penalties_on_gradients_and_their_slopes_equal_the_definition(name, meth
     oracle, stacked = stats_of(method, per_example=name == "fishr_penalty")
     rng = np.random.default_rng(0)
     shapes = {"w": (3, 4), "b": (4,), "out": (4,)}
-    params = {k: jnp.asarray(rng.normal(size=s), "float32") for k, s in shapes.items()}
+    params = {k: floats(rng.normal(size=s)) for k, s in shapes.items()}
     batch = (
-        jnp.asarray(rng.normal(size=(5, 6, 3)), "float32"),
-        jnp.asarray(rng.normal(size=(5, 6)), "float32"),
+        floats(rng.normal(size=(5, 6, 3))),
+        floats(rng.normal(size=(5, 6))),
     )
 
     def by_definition(params):

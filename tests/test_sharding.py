@@ -15,6 +15,7 @@ from hardvary._compat import vary
 from tests._asserts import assert_trees_close, field_of
 from tests._compat import set_mesh
 from tests._inputs import AGGREGATORS, PLAIN_AGGREGATORS, STATISTICS
+from tests.zoo.blocks import floats
 
 NUM_ENVS = 16
 # `soft_and_mask` asks for what `and_mask` does.
@@ -39,7 +40,7 @@ def params():
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(NUM_ENVS, 5, 3)), jnp.float32)
+    return floats(rng.normal(size=(NUM_ENVS, 5, 3)))
 
 
 def loss_fn(params, x, shift=1.0):
@@ -113,7 +114,7 @@ def test_plain_aggregators_with_axis_name_in_shard_map_equal_one_device(
 @pytest.mark.parametrize("name", ["grad_drop", "agr_rand"])
 def test_aggregators_that_draw_on_an_explicit_mesh_equal_one_device(name):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
-    grads = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
+    grads = floats(np.random.default_rng(0).normal(size=(3, 16)))
 
     @jax.jit
     def update(grads):

@@ -17,6 +17,7 @@ import hardvary
 from tests._asserts import assert_like_params, assert_trees_close, assert_trees_equal
 from tests._compat import enable_x64
 from tests._inputs import make_params
+from tests.zoo.blocks import floats
 
 STEPS = 100
 
@@ -237,7 +238,7 @@ def assert_same_updates(left, right, jit, dtype="float32"):
     for seed in range(5):
         rng = np.random.default_rng(seed)
         grads = jax.tree.map(
-            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),  # noqa: B023
+            lambda leaf: floats(rng.normal(size=leaf.shape), leaf.dtype),  # noqa: B023
             params,
         )
         updates, states = zip(
@@ -389,7 +390,7 @@ def test_kept_fraction_is_the_share_that_passed(make, dtype):
     # 0.75 is what two agreeing steps come to: exactly on the threshold.
     for _ in range(2):
         grads = jax.tree.map(
-            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params
+            lambda leaf: floats(rng.normal(size=leaf.shape), leaf.dtype), params
         )
         updates, state = tx.update(grads, state)
     passed = sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(updates))

@@ -12,6 +12,7 @@ import hardvary
 from tests._asserts import assert_trees_close
 from tests._compat import enable_x64
 from tests.zoo import compile_quickly
+from tests.zoo.blocks import floats
 
 WEIGHTS = {"equal": np.ones(6), "weighted": np.array([1.0, 2.0, 0.0, 0.5, 1.0, 3.0])}
 every_weighting = pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
@@ -211,8 +212,8 @@ def test_spectral_mask_keeps_what_environments_agree_on():
 @every_rule
 def test_rules_on_env_grads_equal_those_on_stacked_gradients(name):
     rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "b": jnp.zeros(3)}
-    batch = jnp.asarray(rng.normal(size=(5, 6, 4)), jnp.float32)
+    params = {"w": floats(rng.normal(size=(4, 3))), "b": jnp.zeros(3)}
+    batch = floats(rng.normal(size=(5, 6, 4)))
 
     def loss(params, x):
         return 0.1 + jnp.mean(

@@ -13,6 +13,7 @@ import hardvary
 from hardvary.aggregators import quadratic
 from tests._asserts import assert_trees_close
 from tests._compat import enable_x64
+from tests.zoo.blocks import floats
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "torchjd.npz")
 RULES = {
@@ -67,7 +68,7 @@ def tuned(make):
 
 def draw(*shape, seed=0):
     rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return floats(rng.normal(size=shape))
 
 
 @pytest.mark.parametrize("rule", sorted({key.split(":")[0] for key in GOLDEN.files}))

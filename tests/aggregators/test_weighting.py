@@ -11,6 +11,7 @@ from tests._asserts import assert_like_params, assert_trees_close, assert_trees_
 from tests._compat import enable_x64
 from tests._inputs import make_grads, make_params
 from tests.zoo import compile_quickly
+from tests.zoo.blocks import floats
 
 # Rules as a user would write them, and the same in NumPy from stacked rows `[env, n]`.
 
@@ -81,13 +82,13 @@ def make_problem(num_envs, seed=0):
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return floats(rng.normal(size=shape))
 
     params = {"w": normal(3, 2), "b": normal(2), "table": normal(20, 3)}
     batch = {
         "x": normal(num_envs, 3),
         "y": normal(num_envs, 2),
-        "id": jnp.asarray(rng.integers(0, 3, num_envs), jnp.int32),
+        "id": jax.device_put(rng.integers(0, 3, num_envs).astype(np.int32)),
     }
 
     def loss_fn(params, batch):

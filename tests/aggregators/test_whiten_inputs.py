@@ -21,11 +21,12 @@ from tests._asserts import assert_trees_close
 from tests._compat import enable_x64
 from tests.fused._models import build
 from tests.zoo import ZOO, compile_quickly
+from tests.zoo.blocks import floats
 
 
 def arrays(*shapes, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return [floats(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 def moment_of(rows):

@@ -11,6 +11,7 @@ from tests._asserts import assert_like_params, assert_trees_close
 from tests._inputs import SHAPES, STATISTICS, make_params
 from tests.fused._answers import ask, check_answers, signed_weights
 from tests.zoo import Stacked, compile_quickly, poison
+from tests.zoo.blocks import floats
 from tests.zoo.compare import FIELDS
 
 NUM_ENVS = 5
@@ -18,7 +19,7 @@ NUM_ENVS = 5
 
 def normal(*shape, seed=0):
     rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return floats(rng.normal(size=shape))
 
 
 def make_problem():

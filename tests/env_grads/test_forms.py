@@ -21,6 +21,7 @@ from tests._inputs import (
     weights_for,
 )
 from tests.zoo import compile_quickly
+from tests.zoo.blocks import floats
 
 NUM_ENVS = 8
 every_aggregator = pytest.mark.parametrize("name", AGGREGATORS)
@@ -290,7 +291,7 @@ def test_unanimity_of_any_weights_passes_at_threshold_one(num_envs):
     rng = np.random.default_rng(0)
     signs = np.array([1.0, -1.0, 1.0], np.float32)
     batch = {
-        "left": jnp.asarray(rng.uniform(0.1, 1, (num_envs, 2)), jnp.float32),
+        "left": floats(rng.uniform(0.1, 1, (num_envs, 2))),
         "right": jnp.asarray(signs * rng.uniform(0.1, 1, (num_envs, 3)), jnp.float32),
     }
     params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(3)}

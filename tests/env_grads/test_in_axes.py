@@ -11,6 +11,7 @@ from jax.experimental import sparse
 import hardvary
 from tests._asserts import assert_trees_close, field_of
 from tests.zoo import compile_quickly
+from tests.zoo.blocks import floats
 
 NUM_ENVS = 4
 STATS = {
@@ -78,7 +79,7 @@ def check(found, losses, grads):
 
 def normal(*shape, seed=0):
     rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return floats(rng.normal(size=shape))
 
 
 PARAMS = {"w": normal(3, 2), "b": normal(2)}

@@ -21,7 +21,7 @@ WEIGHTS = np.array([1.0, 0.0, 0.5, 2.0], np.float32)
 
 def normal(*shape, seed=0, dtype=np.float32):
     rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray(rng.normal(size=shape).astype(dtype))
+    return jax.device_put(rng.normal(size=shape).astype(dtype))
 
 
 class Jacobian(Stacked):

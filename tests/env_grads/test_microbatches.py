@@ -13,6 +13,7 @@ import hardvary
 from tests._asserts import assert_trees_close
 from tests.fused._answers import ask, signed_weights
 from tests.zoo import compile_quickly
+from tests.zoo.blocks import floats
 
 NUM_ENVS = 8
 WEIGHTS = np.array([1, 2, 0, 0, 0.5, 1, 0, 3], np.float32)
@@ -20,7 +21,7 @@ WEIGHTS = np.array([1, 2, 0, 0, 0.5, 1, 0, 3], np.float32)
 
 def normal(*shape, seed=0):
     rng = np.random.default_rng([seed, *shape])
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return floats(rng.normal(size=shape))
 
 
 PARAMS = {"table": normal(12, 6), "w": normal(6, 3), "twice": normal(3, 3)}

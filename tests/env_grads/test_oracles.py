@@ -14,6 +14,7 @@ from tests._asserts import (
 )
 from tests._compat import enable_x64
 from tests._inputs import SHAPES, STATISTICS, make_params
+from tests.zoo.blocks import floats
 
 ROUTES = {
     "fused": {"method": "fused"},
@@ -30,8 +31,8 @@ NUM_ENVS = 6
 def params():
     rng = np.random.default_rng(0)
     return {
-        "w": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
-        "b": jnp.asarray(rng.normal(size=2), jnp.float32),
+        "w": floats(rng.normal(size=(3, 2))),
+        "b": floats(rng.normal(size=2)),
         "none": None,
         "scale": jnp.float32(0.5),
     }
@@ -40,8 +41,8 @@ def params():
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(NUM_ENVS, 4, 3)), jnp.float32)
-    y = jnp.asarray(rng.normal(size=(NUM_ENVS, 4, 2)), jnp.float32)
+    x = floats(rng.normal(size=(NUM_ENVS, 4, 3)))
+    y = floats(rng.normal(size=(NUM_ENVS, 4, 2)))
     return {"x": x, "y": y, "none": None}
 
 
@@ -139,7 +140,7 @@ def test_oracles_with_argnums_differentiate_those_arguments(argnums, route):
         return jnp.sum(a * x) * b + jnp.sum(jnp.square(c) * x)
 
     a, b, c = jnp.arange(2.0), jnp.float32(3), jnp.array([1.0, -1.0])
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(NUM_ENVS, 2)), jnp.float32)
+    x = floats(np.random.default_rng(0).normal(size=(NUM_ENVS, 2)))
     wanted = (argnums,) if isinstance(argnums, int) else argnums
     # Positional arguments that are not differentiated are batches.
     args = [
@@ -262,7 +263,7 @@ def test_oracles_of_a_loss_without_parameters_return_zeros(route):
 def test_grad_stats_keep_the_dtype_and_count_in_float32_or_more(dtype, route):
     with enable_x64(dtype == "float64"):
         params = {"w": jnp.ones(3, dtype), "b": jnp.zeros((), dtype)}
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(300, 3)), dtype)
+        x = floats(np.random.default_rng(0).normal(size=(300, 3)), dtype)
 
         def loss(params, x):
             return jnp.sum(params["w"] * x) + params["b"]

@@ -16,6 +16,7 @@ from experiments.coinrun.student.resnet import (
     make_train_apply,
 )
 from tests._asserts import assert_trees_close
+from tests.zoo.blocks import floats
 
 ARCHITECTURE = Architecture(width=2, momentum=0.8)
 
@@ -39,7 +40,7 @@ def variables():
     rng = np.random.default_rng(1)
 
     def perturb(leaf):
-        return leaf + jnp.asarray(rng.uniform(-0.2, 0.3, leaf.shape), leaf.dtype)
+        return leaf + floats(rng.uniform(-0.2, 0.3, leaf.shape), leaf.dtype)
 
     return jax.tree.map(perturb, initial)
 
@@ -119,8 +120,8 @@ def test_resnet_is_the_network_written_by_hand(shape):
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2), (1, 1), (7, 2)])
 def test_convolve_is_xlas_convolution(shape, size, stride):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, *shape, 5)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(size, size, 5, 4)), jnp.float32)
+    x = floats(rng.normal(size=(3, *shape, 5)))
+    kernel = floats(rng.normal(size=(size, size, 5, 4)))
     strides, padding = (stride, stride), ((size // 2, size // 2),) * 2
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 

@@ -53,6 +53,7 @@ from experiments.common.cli import main
 from experiments.common.run_dir import RunDir
 from tests._asserts import assert_trees_close, assert_trees_equal
 from tests.experiments._game import needs_game
+from tests.zoo.blocks import floats
 
 ADAM = dataclasses.replace(
     TRAIN_PRESETS["smoke"],
@@ -192,9 +193,7 @@ def test_open_fraction_counts_what_the_library_lets_pass():
     tx = make_optimizer("and_mask", rates(threshold=0.75))
     state = tx.init(params)
     for _ in range(3):
-        grads = jax.tree.map(
-            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params
-        )
+        grads = jax.tree.map(lambda leaf: floats(rng.normal(size=leaf.shape)), params)
         updates, state = tx.update(grads, state, params)
     passed = sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(updates))
     assert 0 < passed < 200

@@ -23,6 +23,7 @@ from experiments.vision.model import (
 )
 from experiments.vision.training import make_plain_gradients, make_voting_gradients
 from tests._asserts import assert_trees_close, assert_trees_equal, field_of
+from tests.zoo.blocks import floats
 
 EXAMPLES = 4
 SETTINGS = Settings(dataset="generated", width=2, batch_size=EXAMPLES)
@@ -47,7 +48,7 @@ def variables(channels=1, norm="batch"):
     rng = np.random.default_rng(1)
 
     def perturb(leaf):
-        return leaf + jnp.asarray(rng.uniform(-0.2, 0.3, leaf.shape), leaf.dtype)
+        return leaf + floats(rng.uniform(-0.2, 0.3, leaf.shape), leaf.dtype)
 
     return jax.tree.map(perturb, initial)
 

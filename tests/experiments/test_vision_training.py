@@ -27,6 +27,7 @@ from experiments.vision.training import (
     train,
 )
 from tests._asserts import assert_trees_close, assert_trees_equal, field_of
+from tests.zoo.blocks import floats
 
 CONFIG = TrainConfig(**SMOKE, redrawn=0.5, threshold=0.2, learning_rate=1e-3)
 PLAIN = dataclasses.replace(CONFIG, threshold=0.0)
@@ -91,7 +92,7 @@ def stats_like_parameters():
     params = initial_variables().params
     rng = np.random.default_rng(0)
     stacked = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=(8, *leaf.shape)), jnp.float32), params
+        lambda leaf: floats(rng.normal(size=(8, *leaf.shape))), params
     )
 
     def stats(leaf):

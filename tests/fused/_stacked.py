@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import hardvary
-from tests.zoo import compile_quickly
+from tests.zoo import blocks, compile_quickly
 
 
 def floats(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return blocks.normal(np.random.default_rng(seed), *shape)
 
 
 def assert_equals_stacked(loss, params, batch, has_aux=False, env_axis_name=None):

@@ -6,6 +6,7 @@ from jax import lax
 
 from tests.zoo.blocks import (
     conv,
+    floats,
     inputs,
     mse,
     normal,
@@ -69,7 +70,7 @@ def softplus_of_a_parameter(rng):
 def weight_scaled_by_a_constant(rng):
     # Linear in the parameter, one use: equalised learning rate, and a mask.
     params = {"w": normal(rng, 5, 3), "v": normal(rng, 3, 2)}
-    mask = jnp.asarray(rng.integers(0, 2, size=(3, 2)), jnp.float32)
+    mask = floats(rng.integers(0, 2, size=(3, 2)))
 
     def predict(p, x):
         return jnp.tanh(x @ (p["w"] * -0.3)) @ (p["v"] * mask)

@@ -9,6 +9,7 @@ import pytest
 
 from hardvary import GradStats
 from tests.zoo import ZOO, Stacked, assert_stats_match, fields_by_path
+from tests.zoo.blocks import floats
 from tests.zoo.compare import (
     FIELDS,
     assert_combinations_match,
@@ -93,8 +94,8 @@ def test_comparison_accepts_votes_of_gradients_that_cancel():
         return jnp.vdot(signs, x) + 100 * jnp.vdot(params["v"], x)
 
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
-    w, v = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    x = floats(rng.normal(size=(6, 5)))
+    w, v = floats(rng.normal(size=(2, 5)))
     votes_where_gradients_are_zero(loss_fn, {"w": w, "v": v}, x)
 
 
@@ -106,7 +107,7 @@ def test_comparison_rejects_votes_of_gradients_that_the_model_has_not(kind):
         used = dead[:3] if kind == "absent" else dead
         return jnp.vdot(used, x[: len(used)])
 
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
+    x = floats(np.random.default_rng(0).normal(size=(6, 5)))
     with pytest.raises(AssertionError, match="off by"):
         votes_where_gradients_are_zero(loss_fn, jnp.ones(5), x)
 
