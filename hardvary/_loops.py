@@ -23,7 +23,7 @@ def zeros_after(like: PyTree, arrays: PyTree) -> PyTree:
 
     Args:
       like: what they are shaped like: anything with a shape and a dtype.
-      arrays: of which those of numbers with a point are waited for.
+      arrays: of which those of floating-point numbers are waited for.
     """
     late = [
         leaf

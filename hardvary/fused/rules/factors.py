@@ -392,7 +392,7 @@ class Convolution(Factors):
     def _pieces(self, data: Any, cotangent: Any) -> convolution.Pieces:
         shape = self._use.eqn.invars[1].aval.shape
         pair = self._together(data, cotangent)
-        # Padded once more from the forward pass on, otherwise.
+        # With another zero a padded copy would be there from the forward pass on.
         zero = zeros_after(jax.ShapeDtypeStruct((), pair[0].dtype), [cotangent])
         return convolution.Pieces(*pair, self._use.eqn.params, shape, zero)
 
