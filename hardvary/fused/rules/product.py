@@ -58,7 +58,7 @@ class Product(Scan):
         inputs = (*self._pair(), weights)
         # What is multiplied is then copied, or packed in words, for a part of them.
         at_once = PART if sharding.on_cpu() else self.num_envs
-        totals = sum_in_parts(of, inputs, at_once)
+        totals = sum_in_parts(of, inputs, at_once, late=False)
         for statistic, total in zip(wanted, totals, strict=True):
             total = total.astype(_validate.wide(self.leaves[0].dtype))
             result[statistic] = [self._in_layout(total)]
