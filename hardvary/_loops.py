@@ -55,11 +55,9 @@ def mapped(function: Callable[[Any], Any], inputs: Any, like: Any = None) -> Any
         tracing it.
     """
     length = len(jax.tree.leaves(inputs)[0])
-    if like is None:
-        part = jax.tree.map(lambda leaf: leaf[0], inputs)
-        like = jax.eval_shape(function, part)
     like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype), like
+        lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype),
+        _of_a_part(function, inputs) if like is None else like,
     )
 
     def body(results: Any, at: Any) -> tuple[Any, None]:
@@ -74,6 +72,11 @@ def mapped(function: Callable[[Any], Any], inputs: Any, like: Any = None) -> Any
     start = zeros_after(like, inputs)
     results, _ = jax.lax.scan(body, start, (steps, inputs))
     return results
+
+
+def _of_a_part(function: Callable[[Any], Any], parts: Any) -> Any:
+    """Shapes and dtypes of what `function` returns for one of `parts`."""
+    return jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], parts))
 
 
 def in_parts(
@@ -167,8 +170,7 @@ def sum_over(
         return jax.tree.map(jnp.add, total, function(part)), None
 
     if like is None:
-        part = jax.tree.map(lambda leaf: leaf[0], parts)
-        like = jax.eval_shape(function, part)
+        like = _of_a_part(function, parts)
     arrays = (parts, others)
     start = sharding.vary_like(zeros_after(like, arrays if late else ()), arrays)
     total, _ = jax.lax.scan(body, start, parts, unroll=unroll)
