@@ -47,7 +47,7 @@ $(DEMO_READY): requirements-demo.txt setup.cfg pyproject.toml
 	  exit 1; }
 	@echo "Creating $(VENV) (once; less than a minute)"
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(PIP) --no-compile -r requirements-demo.txt
+	@$(PIP) --no-compile --no-deps -r requirements-demo.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 import configparser
 import importlib
+import importlib.metadata
 import pathlib
 import re
 import sys
@@ -12,6 +13,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hardvary
 from hardvary import _compat
@@ -71,6 +74,33 @@ def test_the_range_is_the_same_wherever_it_is_said():
         text = path.read_text()
         assert f"Python {pythons[0]} to {pythons[-1]}" in text, path
         assert f"jax {LOWEST} or newer" in text, path
+
+
+def test_pins_of_the_demo_name_all_that_they_need():
+    # They are installed as they are, without a look at what they depend on.
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "requirements-demo.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+
+    def is_met(needed: Requirement) -> bool:
+        version = pinned.get(canonicalize_name(needed.name))
+        return version is not None and version in needed.specifier
+
+    # What other versions need, in which the library is tested too, is no matter.
+    found = {d.name: d for d in importlib.metadata.distributions()}
+    missing = [
+        f"{name} needs {needed}"
+        for name, version in pins.items()
+        if name in found and found[name].version == version
+        for needed in map(Requirement, found[name].requires or [])
+        if needed.marker is None or needed.marker.evaluate({"extra": ""})
+        if not is_met(needed)
+    ]
+    assert "flax" in pinned
+    assert missing == []
 
 
 def scan_equation():

@@ -505,7 +505,7 @@ def _network_rows(
         table = run.path / SEARCHES_TABLE
         if not table.exists():
             dataset = dataset_for(config, config.seed)
-            variables, _ = _train(run, config, dataset, quiet=True)
+            variables = _train(run, config, dataset, quiet=True).variables
             found = rows_of(config.method, config.seed, variables, dataset.train)
             run.write_metrics(list(found), SEARCHES_TABLE)
         return read_table(table)

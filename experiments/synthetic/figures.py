@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,8 @@ _GAP = 0.25
 Row = Mapping[str, Any]
 
 
-class Trained(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
     """One method's part of the figure."""
 
     variables: Variables
@@ -457,15 +459,11 @@ def _draw_kept(axes: Axes, results: Mapping[Method, Trained]) -> None:
 def _draw_regions(
     axes: Axes, config: Settings, dataset: Dataset, method: Method, trained: Trained
 ) -> None:
-    key = jax.random.key(0)
-    shape = (SHORTCUTS, config.shortcut_dims)
-    shortcuts = config.shortcut_std * jax.random.normal(key, shape)
     apply = apply_for(TrainConfig(**shared_settings(config), method=method))
-    probability = region_probability(apply, trained.variables, shortcuts)
     axes.contourf(
         grid_ticks(),
         grid_ticks(),
-        probability,
+        _regions(trained, apply, config.shortcut_dims, config.shortcut_std),
         levels=np.linspace(0, 1, 16),
         cmap=REGION_COLORS,
         antialiased=False,  # or the borders between levels would shine through
@@ -501,6 +499,16 @@ def _draw_regions(
     axes.set_ylabel("spiral dimension 2" if axes is axes.figure.axes[2] else "")
     axes.grid(False)
     axes.spines[:].set(visible=True, color="0.6")
+
+
+# A comparison shows what the figure of each of its runs has shown.
+@functools.lru_cache(maxsize=16)
+def _regions(
+    trained: Trained, apply: Apply, shortcut_dims: int, shortcut_std: float
+) -> np.ndarray:
+    shape = (SHORTCUTS, shortcut_dims)
+    shortcuts = shortcut_std * jax.random.normal(jax.random.key(0), shape)
+    return region_probability(apply, trained.variables, shortcuts)
 
 
 def grid_ticks(grid: int = GRID) -> np.ndarray:
