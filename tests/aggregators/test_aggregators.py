@@ -62,6 +62,18 @@ def test_and_mask_rescale_acts_leaf_by_leaf():
     assert float(kept_fraction) == 0.75
 
 
+@pytest.mark.parametrize(
+    "shape", [(), (70_001,), (40_000, 3), (32_767, 2), (3, 3, 64, 50), (0, 4), (4, 0)]
+)
+def test_kept_fraction_counts_parameters_of_any_shape(shape):
+    rng = np.random.default_rng(0)
+    kept = rng.random(shape) < 0.7
+    grads = np.stack([np.ones(shape), np.where(kept, 1, -1)]).astype(np.float32)
+    _, kept_fraction = aggregate(hardvary.and_mask(1.0), jnp.asarray(grads))
+    expected = np.sum(kept, dtype=np.float32) / np.float32(max(kept.size, 1))
+    assert float(kept_fraction) == expected
+
+
 @pytest.mark.parametrize("name", ["and_mask", "geometric_mean"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_aggregators_on_one_environment_return_its_gradient(name, threshold):

@@ -202,7 +202,9 @@ def test_fused_stats_as_on_an_accelerator_equal_stacked_gradients(name, monkeypa
     check(name, run(params, batch))
 
 
-@pytest.mark.parametrize("num_envs", [1, 31, 32, 33, 127, 128, 129, 256, 300])
+@pytest.mark.parametrize(
+    "num_envs", [1, 7, 8, 9, 17, 80, 127, 128, 129, 255, 256, 257, 300, 513]
+)
 def test_signs_counted_in_words_and_parts_equal_the_definition(num_envs):
     # Scaled, because a saturated tanh has gradients whose sign is a matter of rounding.
     def loss(w, x):
@@ -224,6 +226,15 @@ def test_signs_counted_in_words_and_parts_equal_the_definition(num_envs):
     broken = votes.sign_sum
     np.testing.assert_array_equal(np.isnan(broken).all(1), np.arange(30) == 4)
     np.testing.assert_array_equal(np.isnan(broken).any(1), np.arange(30) == 4)
+
+
+@pytest.mark.parametrize("num_envs", [8, 127, 128, 129, 256, 300])
+def test_signs_of_environments_that_all_agree_are_counted_to_the_last(num_envs):
+    oracle = hardvary.grad_stats(lambda w, x: jnp.sum(x @ w), stats=("sign",))
+    x = np.tile(np.array([1, -1, 0], np.float32), (num_envs, 1))
+    stats = compile_quickly(oracle)(floats(3, 2), x)
+    expected = np.array([[1], [-1], [0]]) * num_envs
+    np.testing.assert_array_equal(stats.sign_sum, np.tile(expected, 2))
 
 
 # Not finite.

@@ -6,7 +6,7 @@ of f of the factors: sums, sums of squares, sums of signs.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from hardvary.fused.rules.scan import Scan
 from hardvary.fused.uses import Use
 
 # Environments that are summed over at once, on CPU: their signs are a few words.
-PART = 128
+PART = 256
+_VOTES = (jnp.int8, jnp.int16, jnp.int32)
 
 
 def rows(use: Use) -> int:
@@ -58,7 +59,7 @@ class Product(Scan):
         inputs = (*self._pair(), weights)
         # What is multiplied is then copied, or packed in words, for a part of them.
         at_once = PART if sharding.on_cpu() else self.num_envs
-        totals = sum_in_parts(of, inputs, at_once, late=False)
+        totals = sum_in_parts(of, inputs, at_once)
         for statistic, total in zip(wanted, totals, strict=True):
             total = total.astype(_validate.wide(self.leaves[0].dtype))
             result[statistic] = [self._in_layout(total)]
@@ -143,15 +144,19 @@ def _sum_of_signs(
         )
         return _outer(use, left, right, jnp.dtype(jnp.float32), None)
     # As narrow as they may be: sums are as large as the parameter.
-    narrow = num_envs <= np.iinfo(np.int16).max
-    return _count_bits(use, data, cotangent).astype(jnp.int16 if narrow else jnp.int32)
+    dtype = next(d for d in _VOTES if num_envs <= jnp.iinfo(d).max)
+    word = np.uint8 if dtype == jnp.int8 else np.uint16
+    return _count_bits(use, data, cotangent, np.dtype(word)).astype(dtype)
 
 
-def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
-    """`_sum_of_signs` in int32, 32 environments in a word.
+def _count_bits(
+    use: Use, left: jax.Array, right: jax.Array, word: np.dtype
+) -> jax.Array:
+    """`_sum_of_signs` of up to 127 environments in uint8, up to 32767 in uint16.
 
-    A CPU multiplies 8 or 16 numbers at once, and so many times 32 signs. A factor that
-    is not finite counts as its sign does.
+    A CPU multiplies 8 or 16 numbers at once, and 256 or 512 signs. Words that are no
+    wider than the sums leave room for the most of both in one instruction, whatever
+    the instructions are. A factor that is not finite counts as its sign does.
     """
     mine_contract, mine_batch, contract, batch, free = sides(use)
     num_batch, ndim = len(batch), use.eqn.invars[use.side].aval.ndim
@@ -163,42 +168,49 @@ def _count_bits(use: Use, left: jax.Array, right: jax.Array) -> jax.Array:
     sizes = [use.eqn.invars[use.side].aval.shape[i] for i in (*mine_batch, *mine_free)]
     right = right.reshape(len(right), *sizes)
 
-    def spread(words: jax.Array, is_left: bool) -> jax.Array:
+    def spread(words: _Words, is_left: bool) -> _Words:
         """Axes [word, batch, contracted, free], of size 1 where there is none."""
-        shape = words.shape
+        shape = words.nonzero.shape
         ones = (1,) * len(mine_free if is_left else mine_contract)
         at = len(shape) if is_left else 1 + num_batch
-        return words.reshape(*shape[:at], *ones, *shape[at:])
+        return _Words(*(x.reshape(*shape[:at], *ones, *shape[at:]) for x in words))
 
-    left_nonzero, left_negative = (
-        spread(words, True) for words in _packed([left != 0, left < 0])
-    )
-    # By themselves: masks of both at once are more memory, and no faster.
-    right_nonzero, right_negative = (
-        spread(words, False) for words in _packed([right != 0, right < 0])
-    )
-    total = jnp.zeros((), jnp.int32)
-    for word in range(len(left_nonzero)):
-        both = left_nonzero[word] & right_nonzero[word]
-        differ = (left_negative[word] ^ right_negative[word]) & both
-        total += jax.lax.population_count(both).astype(jnp.int32)
-        total -= 2 * jax.lax.population_count(differ).astype(jnp.int32)
+    mine = spread(_packed(left, word), True)
+    others = spread(_packed(right, word), False)
+    both = mine.nonzero & others.nonzero
+    differ = (mine.negative ^ others.negative) & both
+    votes = jax.lax.population_count(both)
+    votes -= word.type(2) * jax.lax.population_count(differ)
+    # A reduction is what XLA does not repeat for each that reads it.
+    total = jax.lax.reduce(votes, word.type(0), jax.lax.add, (0,))
+    # Below 0 it has wrapped around.
+    total = jax.lax.bitcast_convert_type(total, f"int{8 * word.itemsize}")
     axes = [*mine_batch, *mine_contract, *mine_free]
     return jnp.transpose(total, [axes.index(axis) for axis in range(ndim)])
 
 
-def _packed(masks: Sequence[jax.Array]) -> list[jax.Array]:
-    """Masks `[env, ...]` as words `[word, ...]` of 32 environments."""
-    num_envs, shapes = len(masks[0]), [mask.shape[1:] for mask in masks]
-    # Side by side, so that one sum packs them all. XLA would take anything else that
-    # it can fuse into the loop over the parameter, and pack anew for each component.
-    bits = jnp.concatenate([mask.reshape(num_envs, -1) for mask in masks], axis=1)
-    bits = jnp.pad(bits, ((0, -num_envs % 32), (0, 0)))
-    bits = bits.reshape(len(bits) // 32, 32, bits.shape[1]).astype(jnp.uint32)
-    shifts = np.arange(32, dtype=np.uint32)[None, :, None]
-    words = jnp.sum(bits << shifts, axis=1, dtype=jnp.uint32)
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    return [
-        part.reshape(len(words), *shape)
-        for part, shape in zip(jnp.split(words, ends, axis=1), shapes, strict=True)
-    ]
+class _Words(NamedTuple):
+    """Of signs, `[word, ...]`, an environment in a bit.
+
+    Attributes:
+      nonzero: where there is a sign.
+      negative: where it is one.
+    """
+
+    nonzero: jax.Array
+    negative: jax.Array
+
+
+def _packed(factor: jax.Array, word: np.dtype) -> _Words:
+    """The signs of `[env, ...]`, as many environments in a word as it has bits."""
+    num_envs, shape, size = len(factor), factor.shape[1:], 8 * word.itemsize
+    # One array and one sum for both: XLA would take anything else that it can fuse
+    # into the loop over the parameter, and pack anew for each component.
+    flat = factor.reshape(num_envs, 1, -1)
+    of_nonzero = np.array([True, False])[None, :, None]
+    bits = jnp.where(of_nonzero, flat != 0, flat < 0)
+    bits = jnp.pad(bits, ((0, -num_envs % size), (0, 0), (0, 0)))
+    bits = bits.reshape(len(bits) // size, size, *bits.shape[1:]).astype(word)
+    shifts = np.arange(size, dtype=word)[None, :, None, None]
+    words = jnp.sum(bits << shifts, axis=1, dtype=word)
+    return _Words(*(words[:, i].reshape(len(words), *shape) for i in range(2)))
