@@ -143,7 +143,7 @@ def kept_fractions(
     """
 
     def share(kept: jax.Array) -> jax.Array:
-        return jnp.sum(kept, dtype=jnp.float32) / max(kept.size, 1)
+        return st.sum_of_mask(kept) / max(kept.size, 1)
 
     return _masks(grads, threshold, env_weights, axis_name, "kept_fractions", share)
 

@@ -7,6 +7,7 @@ holds, and a gradient that is not finite shows as NaN.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -198,6 +199,15 @@ def sum_over_envs(
         return jnp.sum(values, axis=0)
 
     return {s: [total(grad, s) for grad in grads] for s in statistics}
+
+
+def sum_of_mask(mask: jax.Array) -> jax.Array:
+    """The sum of a mask in [0, 1], boolean or floating, in float32."""
+    rows = math.prod(mask.shape[:-1])
+    if mask.dtype == jnp.bool_ and rows <= np.iinfo(np.int16).max:
+        # XLA on CPU writes down what it adds up: half as many bytes.
+        mask = jnp.sum(mask, axis=tuple(range(mask.ndim - 1)), dtype=jnp.int16)
+    return jnp.sum(mask, dtype=jnp.float32)
 
 
 def over_devices(

@@ -1,12 +1,10 @@
 """The way to write an aggregator that works component by component."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from hardvary import _hyperparams, _validate
@@ -182,7 +180,7 @@ def build(
     ) -> tuple[jax.Array, jax.Array]:
         mask, direction, *closed = _answer(name, rule, leaf, given)
         _check_shapes(name, leaf, mask, direction, *closed)
-        kept = _sum_of(mask)
+        kept = st.sum_of_mask(mask)
         if rescale:
             wide = _validate.wide(direction.dtype)
             direction = direction.astype(wide) * factor(kept, mask.size).astype(wide)
@@ -252,15 +250,6 @@ def _broken(leaf: GradStats) -> jax.Array:
     for other in broken[1:]:
         result |= other
     return result
-
-
-def _sum_of(mask: jax.Array) -> jax.Array:
-    """The sum of a mask in [0, 1], in float32."""
-    rows = math.prod(mask.shape[:-1])
-    if mask.dtype == jnp.bool_ and rows <= np.iinfo(np.int16).max:
-        # XLA on CPU writes down what it adds up: half as many bytes.
-        mask = jnp.sum(mask, axis=tuple(range(mask.ndim - 1)), dtype=jnp.int16)
-    return jnp.sum(mask, dtype=jnp.float32)
 
 
 def _answer(
