@@ -29,7 +29,7 @@ class GrowthConfig:
 
     envs: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     """Numbers of environments, one example each, at base_width."""
-    widths: tuple[int, ...] = (128, 256, 512, 1024)
+    widths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     """Widths of both hidden layers, at base_envs."""
     base_envs: int = 80
     """Environments while the width grows."""
