@@ -39,6 +39,8 @@ def describe_environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        # They choose instructions and libraries.
+        "xla_flags": os.environ.get("XLA_FLAGS"),
         "git": git_revision(Path(__file__).parent),
     }
 

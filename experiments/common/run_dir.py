@@ -51,6 +51,7 @@ _SURROUNDINGS = {
     "cores": "number of cores",
     "python": "Python",
     "packages": "set of packages",
+    "xla_flags": "XLA_FLAGS",
     "git": "git revision",
 }
 
