@@ -66,6 +66,25 @@ def test_draw_compiles_once_for_all_methods():
     assert after == [size + 1 for size in before]
 
 
+def test_draw_again_samples_a_network_once(monkeypatch):
+    config = TrainConfig(**PRESETS["smoke"])
+    dataset = dataset_for(config, 0)
+    params = make_trainer(config).init(make_keys(0)).variables
+    history = [{"epoch": 1, **dict.fromkeys(METRICS, 0.5)}]
+    results = {method: Trained(params, history) for method in ("erm", "and_mask")}
+    sampled = []
+
+    def sample(*args):
+        sampled.append(args)
+        return region_probability(*args)
+
+    monkeypatch.setattr(figures, "region_probability", sample)
+    for method, trained in results.items():
+        draw(config, dataset, {method: trained})
+    draw(config, dataset, results)
+    assert len(sampled) == 2
+
+
 @pytest.mark.parametrize("methods", [["erm"], ["erm", "and_mask", "geometric_mean"]])
 def test_draw_shows_every_method_with_its_accuracy(methods):
     config = TrainConfig(**PRESETS["smoke"])
