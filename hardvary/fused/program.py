@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.extend.core as jex
 
-from hardvary.fused import equations
+from hardvary.fused import equations, rewrites
 
 if TYPE_CHECKING:
     from hardvary.fused.uses import Site, Use
@@ -74,7 +74,7 @@ class Step:
     def run(self, bindings: Bindings) -> None:
         arguments = [bindings[atom] for atom in self.inputs]
         mapped = [kind_of(atom) is Kind.BATCH for atom in self.inputs]
-        results = equations.bind_mapped(self.eqn, arguments, mapped)
+        results = rewrites.run(self.eqn, arguments, mapped)
         bindings.update(self.outputs, results)
 
     def elsewhere(self, inputs: Sequence[Atom], outputs: Sequence[Value]) -> "Step":

@@ -1,11 +1,14 @@
 """Equations in a form at which XLA on CPU is faster, to the same result."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 
 from hardvary import _compat, sharding
+from hardvary.fused.equations import bind_mapped
 
 # Output features of a convolution with an odd number of input features, such as the
 # colours of an image, at which one more takes a third of the time: more than the first,
@@ -13,25 +16,92 @@ from hardvary import _compat, sharding
 _SLOW = (16, 32)
 
 
-def with_faster_arguments(eqn: Any, arguments: Sequence[Any]) -> Sequence[Any]:
-    """What to apply an equation to in place of its arguments."""
+def run(eqn: Any, arguments: Sequence[Any], mapped: Sequence[bool]) -> list[Any]:
+    """As `equations.bind_mapped`."""
     if (
         eqn.primitive.name != "conv_general_dilated"
         or not _compat.NEW_CPU_CONVOLUTIONS
         or not sharding.on_cpu()
+        or eqn.params["feature_group_count"] * eqn.params["batch_group_count"] > 1
     ):
-        return arguments
+        return bind_mapped(eqn, arguments, mapped)
+    arguments = _with_even_features(eqn, arguments)
+    # A mapped kernel makes groups, whose gradients are slower in this form.
+    if mapped[1] or not jax.sharding.get_abstract_mesh().empty:
+        return bind_mapped(eqn, arguments, mapped)
+    return [_in_standard_layout(eqn.params, *arguments)]
+
+
+def _with_even_features(eqn: Any, arguments: Sequence[Any]) -> Sequence[Any]:
+    """What to apply a convolution to in place of its arguments."""
     data, kernel = arguments
-    numbers, params = eqn.params["dimension_numbers"], eqn.params
-    groups = params["feature_group_count"] * params["batch_group_count"]
+    numbers = eqn.params["dimension_numbers"]
     axes = numbers.lhs_spec[1], numbers.rhs_spec[1]
     outputs, inputs = (kernel.shape[axis] for axis in numbers.rhs_spec[:2])
     odd = inputs % 2 == 1 and inputs > 1
     images = data.ndim == 4 and data.dtype == jnp.float32
-    if groups > 1 or not odd or not images or not _SLOW[0] < outputs <= _SLOW[1]:
+    if not odd or not images or not _SLOW[0] < outputs <= _SLOW[1]:
         return arguments
 
     def with_a_zero(array: Any, axis: int) -> Any:
         return jnp.pad(array, [(0, int(i == axis)) for i in range(array.ndim)])
 
     return [with_a_zero(*pair) for pair in zip(arguments, axes, strict=True)]
+
+
+def _in_standard_layout(
+    params: dict[str, Any], data: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    """A convolution, and the gradient of its data, in the layout of XLA's fast code.
+
+    That is [batch, *space, feature] with a kernel [*window, in, out]. XLA brings others
+    into it, but not inside of loops, where these take ten times as long; and as JAX
+    writes the gradient of the data, it is another.
+    """
+    numbers = params["dimension_numbers"]
+    rank = data.ndim
+    batch, feature, *space = numbers.lhs_spec
+    data = jnp.transpose(data, (batch, *space, feature))
+    out, into, *window = numbers.rhs_spec
+    kernel = jnp.transpose(kernel, (*window, into, out))
+    batch, feature, *space = numbers.out_spec
+    order = [batch, *space, feature]
+    result = _standard_convolution(params)(data, kernel)
+    return jnp.transpose(result, [order.index(axis) for axis in range(rank)])
+
+
+def _standard_convolution(
+    params: dict[str, Any],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    names = ["window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision"]
+    settings = {name: params[name] for name in (*names, "preferred_element_type")}
+
+    def convolve(data: jax.Array, kernel: jax.Array, *, turned: bool) -> jax.Array:
+        """With `turned`, the kernel is [*window, out, in]."""
+        rank = data.ndim
+        images = (0, rank - 1, *range(1, rank - 1))
+        into, out = rank - 2, rank - 1
+        window = tuple(range(rank - 2))
+        kernels = (into, out, *window) if turned else (out, into, *window)
+        numbers = jax.lax.ConvDimensionNumbers(images, kernels, images)
+        return jax.lax.conv_general_dilated(
+            data, kernel, **settings, dimension_numbers=numbers
+        )
+
+    straight = functools.partial(convolve, turned=False)
+
+    def tangent(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        (data, kernel), (of_data, of_kernel) = primals, tangents
+        result = standard(data, kernel)
+        total = jnp.zeros_like(result)
+        if not isinstance(of_data, jax.custom_derivatives.SymbolicZero):
+            # The gradient is the transpose of this one, which turns the kernel back.
+            turned = jnp.swapaxes(kernel, -1, -2)
+            total = convolve(of_data, turned, turned=True)
+        if not isinstance(of_kernel, jax.custom_derivatives.SymbolicZero):
+            total += straight(data, of_kernel)
+        return result, total
+
+    standard = jax.custom_jvp(straight)
+    standard.defjvp(tangent, symbolic_zeros=True)
+    return cast(Callable[[jax.Array, jax.Array], jax.Array], standard)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from hardvary._compat import vary, varying_axes
-from hardvary.fused.equations import REMAT, bind, bind_mapped, run_jaxpr
+from hardvary.fused import rewrites
+from hardvary.fused.equations import REMAT, bind, run_jaxpr
 from hardvary.fused.program import Atom, Bindings, Kind, Value, kind_of
-from hardvary.fused.rewrites import with_faster_arguments
 
 
 @dataclasses.dataclass(eq=False)
@@ -158,8 +158,7 @@ class Operation(Site):
     def run(self, bindings: Bindings, zeros: Any) -> Any:
         arguments = [bindings[atom] for atom in self._inputs]
         mapped = [i in self._saved for i in range(len(self._inputs))]
-        faster = with_faster_arguments(self._eqn, arguments)
-        results = bind_mapped(self._eqn, faster, mapped)
+        results = rewrites.run(self._eqn, arguments, mapped)
         for i, zero in zip(self._live, zeros, strict=True):
             results[i] = _plus(results[i], zero)
         bindings.update(self._outputs, results)

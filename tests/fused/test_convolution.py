@@ -530,10 +530,97 @@ def test_convolution_of_colours_has_an_even_number_of_features(
         for eqn in equations_of(jax.make_jaxpr(oracle)(kernel, x).jaxpr)
         if eqn.primitive.name == "conv_general_dilated"
     }
-    wide = (*kernel.shape[:2], padded, out)
-    if not features_last:
-        wide = (out, padded, *kernel.shape[2:])
-    assert wide in kernels
+    assert (3, 3, padded, out) in kernels
+
+
+LAYERS = {
+    "one axis": ((9,), (3,), {}),
+    "images": ((6, 5), (3, 2), {}),
+    "strided": ((7, 6), (3, 3), {"strides": (2, 1)}),
+    "spread kernel": ((7, 6), (2, 3), {"rhs_dilation": (2, 1)}),
+    "spread data": (
+        (4, 3),
+        (3, 3),
+        {"padding": [(1, 1), (2, 0)], "lhs_dilation": (2, 2)},
+    ),
+    "volumes": ((4, 3, 4), (2, 3, 2), {}),
+}
+
+
+def two_layers(params, x, features_last, settings):
+    kernel, second = params
+    once = (1,) * (x.ndim - 2)
+    settings = {"strides": once, "padding": "SAME", **settings}
+    hidden = convolve(x, kernel, features_last=features_last, **settings)
+    out = convolve(jnp.tanh(hidden), second, once, "VALID", features_last)
+    return jnp.mean(jnp.sin(out))
+
+
+def of_two_layers(layer, features_last):
+    """A loss of two convolutions, its kernels, and a batch."""
+    size, window, settings = LAYERS[layer]
+    x, kernel = inputs(size, window, 1, 2, 4, features_last)
+    _, second = inputs(size, (1,) * len(size), 1, 4, 2, features_last)
+    loss = functools.partial(two_layers, features_last=features_last, settings=settings)
+    return loss, (kernel, second), jnp.stack([x, 2 * x, -x])
+
+
+@pytest.mark.parametrize("features_last", [True, False], ids=["last", "first"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_convolutions_have_the_layout_that_is_fast_in_loops(
+    layer, features_last, monkeypatch
+):
+    """XLA on CPU brings others into it outside of loops only."""
+    monkeypatch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
+    loss, params, batch = of_two_layers(layer, features_last)
+    assert_equals_stacked(loss, params, batch)
+    jaxpr = jax.make_jaxpr(hardvary.grad_stats(loss))(params, batch).jaxpr
+    found = [
+        eqn.params["dimension_numbers"]
+        for eqn in equations_of(jaxpr)
+        if eqn.primitive.name == "conv_general_dilated"
+    ]
+    # Two forward, and one back to the data of the second.
+    assert len(found) >= 3
+    rank = batch.ndim - 1
+    images = (0, rank - 1, *range(1, rank - 1))
+    kernels = (rank - 1, rank - 2, *range(rank - 2))
+    assert set(found) == {lax.ConvDimensionNumbers(images, kernels, images)}
+
+
+@pytest.mark.parametrize("features_last", [True, False], ids=["last", "first"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_derivatives_of_convolutions_gradients(layer, features_last, monkeypatch):
+    monkeypatch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
+    loss, params, batch = of_two_layers(layer, features_last)
+    direction = jax.tree.map(jnp.cos, params)
+
+    def mean(method):
+        def of(params, batch):
+            oracle = hardvary.grad_stats(loss, method=method)
+            return [stats.mean for stats in oracle(params, batch)]
+
+        return of
+
+    def forward(method):
+        return jax.jvp(
+            mean(method), (params, batch), (direction, jnp.ones_like(batch))
+        )[1]
+
+    def backward(method):
+        def total(params, batch):
+            grads = mean(method)(params, batch)
+            return sum(jnp.sum(x * x) for x in jax.tree.leaves(grads))
+
+        return jax.grad(total, argnums=(0, 1))(params, batch)
+
+    for derivative in (forward, backward):
+        actual, expected = derivative("fused"), derivative("vmap")
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+            actual,
+            expected,
+        )
 
 
 def equations_of(jaxpr):
