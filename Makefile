@@ -117,6 +117,7 @@ bench: $(READY) $(TORCH_READY) $(PRIVACY_READY)  ## Time steps and epochs beside
 	$(RUN) -m experiments.benchmark gramian --growth \
 	  --torch-python $(TORCH_VENV)/bin/python --privacy-python $(PRIVACY_VENV)/bin/python
 	$(RUN) -m experiments.benchmark growth
+	$(RUN) -m experiments.benchmark loops
 	$(RUN) -m experiments.benchmark epochs --torch-python $(TORCH_VENV)/bin/python
 	$(RUN) -m experiments.benchmark profile
 

@@ -15,3 +15,11 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else experimental.enab
 def subjaxprs(jaxpr):
     """The jaxprs that equations of a jaxpr hold."""
     return [inner for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)]
+
+
+def equations_of(jaxpr):
+    """All equations, those inside of others too."""
+    found = list(jaxpr.eqns)
+    for inner in subjaxprs(jaxpr):
+        found += equations_of(inner)
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from experiments.benchmark import epoch_profile, epochs, gramian, growth, steps
+from experiments.benchmark import epoch_profile, epochs, gramian, growth, loops, steps
 from experiments.benchmark.peer import PeerOptions
 from experiments.common.cli import Command, RunOptions, main
 
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Command[Any, Any]] = {
     "steps": Command(steps.PRESETS, PeerOptions, steps.run_steps),
     "gramian": Command(gramian.PRESETS, gramian.GramianOptions, gramian.run_gramian),
     "growth": Command(growth.PRESETS, RunOptions, growth.run_growth),
+    "loops": Command(loops.PRESETS, RunOptions, loops.run_loops),
 }
 
 if __name__ == "__main__":

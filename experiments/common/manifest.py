@@ -41,6 +41,8 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         # They choose instructions and libraries.
         "xla_flags": os.environ.get("XLA_FLAGS"),
+        # They choose how memory comes from the system.
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
         "git": git_revision(Path(__file__).parent),
     }
 

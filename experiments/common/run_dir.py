@@ -52,6 +52,7 @@ _SURROUNDINGS = {
     "python": "Python",
     "packages": "set of packages",
     "xla_flags": "XLA_FLAGS",
+    "glibc_tunables": "GLIBC_TUNABLES",
     "git": "git revision",
 }
 

@@ -1,13 +1,15 @@
 """Single training steps and their growth, without PyTorch; bad input."""
 
 import csv
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmark import contestants, growth, steps, workloads
+from experiments.benchmark import contestants, growth, loops, steps, workloads
 from experiments.benchmark.__main__ import COMMANDS, PROG
 from experiments.common.cli import main
 from experiments.common.run_dir import RunDirError
@@ -70,6 +72,46 @@ def test_growth_measures_both_directions(tmp_path, capsys):
     assert all(float(row["seconds_per_step"]) > 0 for row in envs + widths)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "| environments | step |" in capsys.readouterr().out
+
+
+def test_loops_measures_parts_and_a_scan_of_steps(tmp_path, capsys):
+    assert run("loops", "--out", tmp_path, "--workloads", "mlp_80x1") == 0
+    rows = rows_of(tmp_path / "loops.csv")
+    # Five environments, so that a second part of five has one each.
+    assert [(r["contestant"], r["parts"], r["in_scan"]) for r in rows] == [
+        (way, parts, in_scan)
+        for way in loops.WAYS
+        for parts, in_scan in [("1", "False"), ("5", "False"), ("1", "True")]
+    ]
+    assert all(float(row["seconds_per_step"]) > 0 for row in rows)
+    assert all(int(row["temp_bytes"]) > 0 for row in rows)
+    assert (tmp_path / "loops.png").read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out
+    assert "| mlp_80x1 | 1/5 |" in table
+    assert "| mlp_80x1 | all, 4 steps in a scan |" in table
+
+
+@pytest.mark.parametrize("way", loops.WAYS)
+def test_microbatches_and_scanned_steps_end_where_single_steps_do(way):
+    workload = workloads.build("cnn_80x1", SMALL)
+    step, arguments = loops.make_step(way, workload, 1)
+    params, state, batch = arguments
+    first_loss = None
+    for _ in range(loops.SCANNED):
+        params, state, loss = jax.jit(step)(params, state, batch)
+        first_loss = loss if first_loss is None else first_loss
+    in_parts, _ = loops.make_step(way, workload, 5)
+    for other in (loops.scanned(step), loops.scanned(in_parts)):
+        actual, _, loss = jax.jit(other)(*arguments)
+        np.testing.assert_allclose(loss, first_loss, rtol=1e-5)
+        moved = jax.tree.map(jnp.subtract, params, arguments[0])
+        again = jax.tree.map(jnp.subtract, actual, arguments[0])
+        assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(moved)) > 0
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=0.01, atol=1e-7),
+            again,
+            moved,
+        )
 
 
 def shapes_of(name, sizes):
@@ -171,6 +213,12 @@ def test_rows_get_the_columns_of_all():
         ),
         ("growth", ["--widths", "0"], "widths must be at least 1 each, got (0,)"),
         ("growth", ["--base-envs", "0"], "base_envs must be at least 1, got 0"),
+        (
+            "loops",
+            ["--parts", "2", "1"],
+            "parts must be one or more in ascending order, got (2, 1)",
+        ),
+        ("loops", ["--rounds", "0"], "rounds must be at least 1, got 0"),
     ],
 )
 def test_invalid_value_is_one_line_and_exit_2(command, arguments, message, capsys):

@@ -40,6 +40,7 @@ def test_run_dir_new_directory_records_config_and_surroundings(open_run):
     assert recorded["packages"]["jax"] == jax.__version__
     assert recorded["cpu"]
     assert recorded["xla_flags"] == os.environ.get("XLA_FLAGS")
+    assert recorded["glibc_tunables"] == os.environ.get("GLIBC_TUNABLES")
     assert recorded["wall_time_s"] >= 0
 
 
@@ -448,6 +449,7 @@ def test_run_dir_that_cannot_be_made_is_refused(kind, below, tmp_path):
         ("cpu", "another", "CPU"),
         ("python", "3.99.0", "Python"),
         ("xla_flags", "--xla_cpu_max_isa=AVX2", "XLA_FLAGS"),
+        ("glibc_tunables", "glibc.malloc.hugetlb=1", "GLIBC_TUNABLES"),
         ("git", {"revision": "0" * 40, "dirty": False}, "git revision"),
     ],
 )

@@ -16,7 +16,7 @@ import hardvary
 from hardvary import _compat
 from hardvary.fused.rules import convolution
 from hardvary.fused.rules.convolution import PIECES, kernel_gradient, times_patches
-from tests._compat import subjaxprs
+from tests._compat import equations_of, subjaxprs
 from tests.fused._precision import allowed
 from tests.fused._stacked import assert_equals_stacked, floats
 from tests.zoo import compile_quickly
@@ -621,14 +621,6 @@ def test_derivatives_of_convolutions_gradients(layer, features_last, monkeypatch
             actual,
             expected,
         )
-
-
-def equations_of(jaxpr):
-    """All equations, those inside of others too."""
-    found = list(jaxpr.eqns)
-    for inner in subjaxprs(jaxpr):
-        found += equations_of(inner)
-    return found
 
 
 # In loops.

@@ -14,17 +14,13 @@ from jax.sharding import PartitionSpec as P
 import hardvary
 from hardvary import sharding
 from tests._asserts import assert_trees_close, field_of
-from tests._compat import set_mesh
+from tests._compat import equations_of, set_mesh
 from tests._inputs import STATISTICS
 from tests.fused._models import build, check, make_oracle
+from tests.fused._stacked import assert_equals_stacked, floats
 from tests.zoo import compile_quickly
-from tests.zoo.blocks import normal
 
 NUM_ENVS = 6
-
-
-def floats(*shape, seed=0):
-    return normal(np.random.default_rng(seed), *shape)
 
 
 def shape_of(*shape, dtype=jnp.float32):
@@ -644,3 +640,24 @@ def test_fused_of_a_scan_of_no_steps_equals_stacked():
     oracles = [hardvary.grad_stats(loss, method=m) for m in ("fused", "vmap")]
     actual, expected = compile_quickly(lambda w, x: [f(w, x) for f in oracles])(w, x)
     assert_trees_close(actual, expected)
+
+
+def test_weight_gradient_over_several_axes_is_one_product_of_matrices():
+    """XLA on CPU would transpose the cotangents in front of another."""
+
+    def loss(params, x):
+        hidden = jnp.einsum("bti,iho->btho", x, params["in"])
+        return jnp.mean(jnp.sin(jnp.einsum("btho,hoi->bti", hidden, params["out"])))
+
+    params = {"in": floats(64, 2, 40), "out": floats(2, 40, 64, seed=1)}
+    batch = floats(3, 2, 4, 64, seed=2)
+    assert_equals_stacked(loss, params, batch)
+    jaxpr = jax.make_jaxpr(hardvary.grad_stats(loss))(params, batch).jaxpr
+    products = [
+        [len(axes) for axes in eqn.params["dimension_numbers"][0]]
+        for scan in jaxpr.eqns
+        if scan.primitive.name == "scan"
+        for eqn in equations_of(scan.params["jaxpr"].jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert products == [[1, 1], [1, 1]]

@@ -17,8 +17,8 @@ from hardvary._loops import mapped
 from hardvary.fused.equations import spreads_nan
 from hardvary.fused.grouping import Group
 from hardvary.fused.program import Bindings, Value
-from hardvary.fused.rules import convolution, layout
-from hardvary.fused.rules.factors import Factors, factors_of
+from hardvary.fused.rules import convolution, factors, layout
+from hardvary.fused.rules.factors import Factors
 from hardvary.fused.traced import Traced
 from hardvary.fused.uses import Use
 
@@ -74,7 +74,9 @@ class Rule(Source):
         """Of the only parameter in its only use, None where these are not known."""
         if len(self.group.uses) != 1 or len(self.group.leaves) != 1:
             return None
-        return factors_of(self.traced.program, self.group.uses[0], self.num_envs)
+        return factors.factors_of(
+            self.traced.program, self.group.uses[0], self.num_envs
+        )
 
     @property
     def num_inputs(self) -> int | None:
@@ -220,6 +222,8 @@ class Rule(Source):
                 pull_use: Callable[..., Any] = Use.pull
                 if convolution.applies(use):
                     pull_use = functools.partial(convolution.pull, alone=alone)
+                elif factors.multiplies(use):
+                    pull_use = factors.pull
                 results = pull_use(
                     use, arguments, traced.env, use_saved, use_cotangents
                 )

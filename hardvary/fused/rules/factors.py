@@ -9,7 +9,7 @@ import abc
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,31 @@ def factors_of(program: Program, use: Use, num_envs: int) -> Factors | None:
     return factors if all(dataclasses.astuple(factors.sizes)) else None
 
 
+def multiplies(use: Use) -> bool:
+    """Whether `pull` takes `use`."""
+    return (
+        use.primitive == "dot_general"
+        and use.side >= 0
+        and len(use.operands) == 1
+        and is_real(use)
+    )
+
+
+def pull(
+    use: Use, operands: Sequence[Any], bindings: Any, saved: Any, cotangents: Any
+) -> Any:
+    """As `Use.pull`, a product with a single axis of rows.
+
+    XLA on CPU transposes the cotangents in front of one with several, as of examples
+    and places, which takes as long as the product.
+    """
+    del bindings
+    (operand,), (data,), (cotangent,) = operands, saved, cotangents
+    precision = use.eqn.params["precision"]
+    gradient = DotGeneral(use, 1).gradient(data, cotangent, precision)
+    return (gradient.astype(operand.dtype),)
+
+
 def is_real(use: Use) -> bool:
     """Whether signs are what they seem: the real part of a product has no factors."""
     operand = use.eqn.invars[use.side].aval
@@ -223,6 +248,11 @@ class DotGeneral(Factors):
 
     def rearranged(self, data: Any, cotangent: Any) -> tuple[jax.Array, jax.Array]:
         """The factors, in at least float32."""
+        left, right = self._rearranged(data, cotangent)
+        dtype = _wider(left, right)
+        return left.astype(dtype), right.astype(dtype)
+
+    def _rearranged(self, data: Any, cotangent: Any) -> tuple[jax.Array, jax.Array]:
         use, sizes = self._use, self.sizes
         _, _, contract, batch, free = sides(use)
         skip = 1 + len(use.steps)
@@ -243,12 +273,32 @@ class DotGeneral(Factors):
         right = jnp.transpose(
             cotangent, (0, *up(range(num_batch)), *front, *up(rows), *up(others))
         )
-        dtype = _wider(left, right)
         leading = (len(left), sizes.batch, sizes.rows)
         return (
-            left.reshape(*leading, sizes.inputs).astype(dtype),
-            right.reshape(*leading, sizes.outputs).astype(dtype),
+            left.reshape(*leading, sizes.inputs),
+            right.reshape(*leading, sizes.outputs),
         )
+
+    def gradient(self, data: Any, cotangent: Any, precision: Any) -> jax.Array:
+        """The gradient of one environment as the use takes it, at least float32.
+
+        Args:
+          data: `[*steps, ...]`, the other argument of the use.
+          cotangent: `[*steps, ...]`, of its output.
+          precision: of the product.
+        """
+        left, right = self._rearranged(data[None], cotangent[None])
+        dtype = _wider(left, right)
+        if left.dtype != right.dtype:
+            left, right = left.astype(dtype), right.astype(dtype)
+        product = jnp.einsum(
+            "bri,bro->bio",
+            left[0],
+            right[0],
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+        return self.as_used(product)
 
     def stack(
         self, data: Any, cotangent: Any, root: jax.Array | None = None
