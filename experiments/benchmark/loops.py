@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from tqdm import tqdm
 
 import hardvary
@@ -241,40 +243,62 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     """Milliseconds per step over temporary memory, a panel for each workload."""
     plots.use_style()
     names = list(dict.fromkeys(row["workload"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(names), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
-        for way in WAYS:
-            own = [
-                row
-                for row in rows
-                if (row["workload"], row["contestant"]) == (name, way)
-            ]
-            in_parts = [row for row in own if not row["in_scan"]]
-            for kind, marker in ((in_parts, "o-"), (own[-1:], "s")):
-                label = ways.LABELS[way]
-                axes.plot(
-                    [row["temp_bytes"] / 1e6 for row in kind],
-                    [row["seconds_per_step"] * 1e3 for row in kind],
-                    marker,
-                    color=ways.COLORS[way],
-                    markerfacecolor="none" if kind is not in_parts else None,
-                    label=label
-                    if kind is in_parts
-                    else f"{label}, {SCANNED} steps in a scan",
-                )
-            for row in in_parts:
-                axes.annotate(
-                    "all" if row["parts"] == 1 else f"1/{row['parts']}",
-                    (row["temp_bytes"] / 1e6, row["seconds_per_step"] * 1e3),
-                    textcoords="offset points",
-                    xytext=(5, 5),
-                )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_title(LABELS[name].replace("\n", ", "))
-        axes.set_xlabel("temporary memory, MB")
-    panels[0].set_ylabel("milliseconds per step")
+    columns = min(len(names), 2)
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(5.5 * columns, 0.7 + 3.9 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(panels, names, strict=False):
+        _draw_workload(axes, name, [row for row in rows if row["workload"] == name])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2)
     return figure
+
+
+def _draw_workload(axes: Axes, name: WorkloadName, rows: list[dict[str, Any]]) -> None:
+    def place(row: dict[str, Any]) -> tuple[float, float]:
+        return row["temp_bytes"] / 1e6, row["seconds_per_step"] * 1e3
+
+    def total(way: Way) -> float:
+        own = [row for row in rows if row["contestant"] == way and not row["in_scan"]]
+        return sum(row["seconds_per_step"] for row in own)
+
+    # Labels of the upper line lie above it.
+    slower = max(WAYS, key=total)
+    for way in WAYS:
+        own = [row for row in rows if row["contestant"] == way]
+        in_parts = [row for row in own if not row["in_scan"]]
+        in_scan = [row for row in own if row["in_scan"]]
+        color, label = ways.COLORS[way], ways.LABELS[way]
+        axes.plot(
+            *zip(*map(place, in_parts), strict=True), "o-", color=color, label=label
+        )
+        axes.plot(
+            *zip(*map(place, in_scan), strict=True),
+            "s",
+            color=color,
+            markerfacecolor="none",
+            markersize=10,
+            label=f"{label}, {SCANNED} steps in a scan",
+        )
+        for row in in_parts:
+            axes.annotate(
+                "all" if row["parts"] == 1 else f"1/{row['parts']}",
+                place(row),
+                textcoords="offset points",
+                xytext=(0, 9 if way == slower else -18),
+                ha="center",
+                color=color,
+            )
+    times = [place(row)[1] for row in rows]
+    axes.set_yscale("log")
+    axes.set_ylim(min(times) / 1.6, max(times) * 1.6)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(left=0)
+    axes.margins(x=0.1)
+    axes.set_title(LABELS[name].replace("\n", ", "))
+    axes.set_xlabel("temporary memory, MB")
+    axes.set_ylabel("milliseconds per step")
