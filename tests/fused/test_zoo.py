@@ -110,6 +110,9 @@ NOT_IN = {
     "bfloat16": {"complex_intermediate", "fourier_layer"},
     "float16": {"complex_intermediate", "fourier_layer", "attention_of_jax_nn"},
 }
+# Models with a product in float32 whatever their parameters are, which routes round
+# each in their own way: they are held to what float32 allows.
+FLOAT32_INSIDE = {"nnx_transformer_with_tied_embedding"}
 
 
 def pytest_generate_tests(metafunc):
@@ -140,6 +143,8 @@ def test_env_grads_in_another_precision_equal_stacked_gradients(name, precision)
         poisoned = poison(batch, int(np.argmin(WEIGHTS)))
         answers = run(params, poisoned, SIGNED, WEIGHTS)
         rounding = PRECISIONS[precision]
+        if name in FLOAT32_INSIDE:
+            rounding = max(rounding, ZOO[name].rounding)
         check_answers(answers, params, expected, SIGNED, WEIGHTS, rounding)
 
 
