@@ -82,6 +82,14 @@ def make_step(
         else:
             gradient = hardvary.value_and_grad_stats(loss_fn, method=contestant)
 
+    return step_of(gradient, tx, workload)
+
+
+def step_of(
+    gradient: Callable[..., Any], tx: Any, workload: Workload
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """As `make_step`, of `gradient(params, batch) -> (loss, gradients)`."""
+
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         loss, grads = gradient(params, batch)
         updates, state = tx.update(grads, state, params)

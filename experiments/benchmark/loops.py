@@ -163,13 +163,7 @@ def make_step(way: Way, workload: Workload, parts: int) -> tuple[Step, tuple[Any
             loss_fn, method="fused", microbatch_size=size
         )
 
-    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-        loss, grads = gradient(params, batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, jnp.mean(loss)
-
-    params = workload.params
-    return step, (params, tx.init(params), workload.batch)
+    return ways.step_of(gradient, tx, workload)
 
 
 def accumulated(

@@ -661,3 +661,14 @@ def test_weight_gradient_over_several_axes_is_one_product_of_matrices():
         if eqn.primitive.name == "dot_general"
     ]
     assert products == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 3), (4, 0, 3), (4, 5, 0)], ids=str)
+def test_products_of_nothing_have_gradients_of_zero(sizes):
+    rows, inputs, outputs = sizes
+
+    def loss(weight, x):
+        return jnp.sum(jnp.sin(1.0 + jnp.einsum("bti,io->bto", x, weight)))
+
+    weight = floats(inputs, outputs)
+    assert_equals_stacked(loss, weight, floats(3, 2, rows, inputs, seed=1))

@@ -136,6 +136,8 @@ def multiplies(use: Use) -> bool:
         and use.side >= 0
         and len(use.operands) == 1
         and is_real(use)
+        # Sizes do not tell how many outputs have no inputs.
+        and all(dataclasses.astuple(DotGeneral(use, 1).sizes))
     )
 
 
