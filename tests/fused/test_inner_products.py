@@ -192,3 +192,36 @@ def test_explain_says_how_inner_products_are_taken(
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, batch)]
     (row,) = hardvary.explain(loss_fn, *arguments).parameters
     assert (row.gramian, row.gramian_products) == (form, products)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bool_])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_data_that_are_whole_numbers_meet_a_weight(rows, dtype):
+    rng = np.random.default_rng(rows)
+    weight = jnp.asarray(rng.normal(size=(70, 80)), jnp.float32)
+    batch = jnp.asarray(rng.integers(-1, 2, size=(3, rows, 70)), dtype)
+    weights = jnp.asarray([0.5, -1.0, 2.0])
+
+    def loss(weight, x):
+        product = jax.lax.dot_general(
+            x, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return jnp.sum(jnp.sin(product))
+
+    @compile_quickly
+    def run(weight, batch):
+        _, grads = hardvary.value_and_env_grads(loss)(weight, batch)
+        sums = grads.stats(("mean",)).mean
+        combined = hardvary.combine(grads, weights)
+        return sums, hardvary.gramian(grads), hardvary.norms(grads), combined
+
+    mean, gramian, norms, combined = run(weight, batch)
+    stacked = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(weight, batch))
+    flat = stacked.reshape(3, -1)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(mean, stacked.mean(0), **close)
+    np.testing.assert_allclose(gramian, flat @ flat.T, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(norms, np.linalg.norm(flat, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        combined, np.tensordot(weights, stacked, axes=1), **close
+    )

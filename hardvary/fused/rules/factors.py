@@ -511,6 +511,7 @@ class Convolution(Factors):
 
 
 def _wider(*arrays: jax.Array) -> Any:
-    """The widest dtype of all, at least float32."""
-    dtypes = [_validate.wide(array.dtype) for array in arrays]
+    """The widest floating dtype of all, at least float32."""
+    real = [x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    dtypes = list(map(_validate.wide, real))
     return max(dtypes, key=lambda dtype: dtype.itemsize)
