@@ -236,6 +236,10 @@ def test_statistics_and_norms_of_images_are_convolved(convolved):
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
+@pytest.mark.skipif(
+    not _compat.NEW_CPU_CONVOLUTIONS,
+    reason="never convolved with this jax, of which 0.7 differentiates to 0 here",
+)
 def test_convolved_gradients_are_differentiated_and_mapped_over(convolved):
     kernel, x = images()
 
