@@ -54,7 +54,8 @@ class LoopsConfig:
     )
     """The models, named with environments x examples in each."""
     parts: tuple[int, ...] = (1, 2, 4, 8)
-    """Microbatches that the environments of a step are divided into."""
+    """Microbatches that the environments of a step are divided into; numbers that do
+    not divide those of a model are left out."""
     resnet_width: int = 16
     """Channels after FastResNet's first convolution; the paper's has 64."""
     shrink: int = 1

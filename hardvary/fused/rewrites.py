@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hardvary import _compat, sharding
 from hardvary.fused.equations import bind_mapped
@@ -59,15 +60,23 @@ def _in_standard_layout(
     writes the gradient of the data, it is another.
     """
     numbers = params["dimension_numbers"]
-    rank = data.ndim
-    batch, feature, *space = numbers.lhs_spec
-    data = jnp.transpose(data, (batch, *space, feature))
     out, into, *window = numbers.rhs_spec
     kernel = jnp.transpose(kernel, (*window, into, out))
-    batch, feature, *space = numbers.out_spec
-    order = [batch, *space, feature]
+    data = features_last(data, numbers.lhs_spec)
     result = _standard_convolution(params)(data, kernel)
-    return jnp.transpose(result, [order.index(axis) for axis in range(rank)])
+    batch, feature, *space = numbers.out_spec
+    return jnp.transpose(result, np.argsort([batch, *space, feature]).tolist())
+
+
+def features_last(array: jax.Array, spec: Sequence[int]) -> jax.Array:
+    """`[batch, *space, feature]`, of a convolution's data or output.
+
+    Args:
+      array: in the convolution's layout.
+      spec: where it has batch, feature and space.
+    """
+    batch, feature, *space = spec
+    return jnp.transpose(array, (batch, *space, feature))
 
 
 def _standard_convolution(

@@ -29,6 +29,7 @@ import numpy as np
 
 from hardvary import _compat, sharding
 from hardvary.fused.program import Bindings
+from hardvary.fused.rewrites import features_last
 from hardvary.fused.uses import Use
 
 # Pieces that are lined up at once: a window of 3 x 3.
@@ -239,7 +240,7 @@ def times_patches(
             dimension_numbers=numbers,
             precision=_HIGHEST,
         )
-        return _features_last(result, numbers.out_spec).reshape(-1, columns.shape[1])
+        return features_last(result, numbers.out_spec).reshape(-1, columns.shape[1])
 
     arrays = (data.astype(dtype), cotangent.astype(dtype), columns)
     if not jax.sharding.get_abstract_mesh().empty:
@@ -318,8 +319,8 @@ class Pieces:
         self._groups: int = params["feature_group_count"]
         self.axes = _axes(data, cotangent, params, shape)
         # From here on: data [n, *space, group, in], cotangent [n, *space, group, out].
-        data = _features_last(data, numbers.lhs_spec)
-        cotangent = _features_last(cotangent, numbers.out_spec)
+        data = features_last(data, numbers.lhs_spec)
+        cotangent = features_last(cotangent, numbers.out_spec)
         paddings = [(0, 0, 0), *(a.padding for a in self.axes), (0, 0, 0)]
         self._data = jax.lax.pad(data, jnp.asarray(zero, data.dtype), paddings)
         self._rows = math.prod(cotangent.shape[:-1])
@@ -483,11 +484,6 @@ def _multiply(left: jax.Array, right: jax.Array, precision: Any) -> jax.Array:
         product = jax.lax.dot_general(left, right, (rows, ((), ())), precision)
         return product[None]
     return jax.lax.dot_general(left, right, (rows, ((1,), (1,))), precision)
-
-
-def _features_last(array: jax.Array, spec: Sequence[int]) -> jax.Array:
-    batch, feature, *space = spec
-    return jnp.transpose(array, (batch, *space, feature))
 
 
 def _wide(*dtypes: Any) -> Any:
