@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _validate, sharding
+from hardvary._loops import divisor
+from hardvary._sums import TERMS, over_first_axis
 from hardvary._typing import AxisName, PyTree
 
 LOG_EPS = 1e-10
+_MOST_ROWS = np.iinfo(np.int16).max
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,23 +193,31 @@ def sum_over_envs(
       For each statistic a list of arrays `param.shape`.
     """
 
-    def total(grad: jax.Array, statistic: Statistic) -> jax.Array:
+    def summand(grad: jax.Array, statistic: Statistic) -> jax.Array:
         dtype = _validate.wide(grad.dtype)
         values = statistic.function(grad.astype(dtype))
-        if weights is not None:
-            weight = along_envs(weights.of(statistic), values).astype(dtype)
-            values = weight * present(values, weights)
-        return jnp.sum(values, axis=0)
+        if weights is None:
+            return values
+        weight = along_envs(weights.of(statistic), values).astype(dtype)
+        return weight * present(values, weights)
 
-    return {s: [total(grad, s) for grad in grads] for s in statistics}
+    totals = [
+        over_first_axis([summand(grad, statistic) for statistic in statistics])
+        for grad in grads
+    ]
+    return {s: [of[i] for of in totals] for i, s in enumerate(statistics)}
 
 
 def sum_of_mask(mask: jax.Array) -> jax.Array:
     """The sum of a mask in [0, 1], boolean or floating, in float32."""
     rows = math.prod(mask.shape[:-1])
-    if mask.dtype == jnp.bool_ and rows <= np.iinfo(np.int16).max:
-        # XLA on CPU writes down what it adds up: half as many bytes.
-        mask = jnp.sum(mask, axis=tuple(range(mask.ndim - 1)), dtype=jnp.int16)
+    if mask.dtype == jnp.bool_ and mask.ndim and 0 < rows <= _MOST_ROWS:
+        # XLA on CPU writes down what it adds up, but for a few terms in whole numbers,
+        # where it does not make one loop of this sum and the next: of 32 at most.
+        few = divisor(rows, min(TERMS, rows // 33))
+        mask = mask.reshape(rows // few, few, mask.shape[-1])
+        mask = jnp.sum(mask, axis=1, dtype=jnp.int8)
+        mask = jnp.sum(mask, axis=0, dtype=jnp.int16)
     return jnp.sum(mask, dtype=jnp.float32)
 
 
