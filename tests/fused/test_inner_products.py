@@ -19,7 +19,13 @@ from tests.zoo import compile_quickly, poison
 GRAMIANS = [inner_products.gramian_by_rows, inner_products.gramian_by_tiles]
 NORMS = [inner_products.square_norms_by_rows, inner_products.square_norms_by_tiles]
 # Environments, batch, rows, inputs, outputs; columns that no tile divides among them.
-SIZES = [(6, 1, 1, 3, 5), (4, 2, 3, 7, 2), (1, 1, 2, 1, 1), (5, 3, 1, 2, 11)]
+SIZES = [
+    (6, 1, 1, 3, 5),
+    (4, 2, 3, 7, 2),
+    (4, 1, 3, 7, 2),
+    (1, 1, 2, 1, 1),
+    (5, 3, 1, 2, 11),
+]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -139,6 +145,19 @@ def test_gradients_of_many_rows_are_made_once_for_products_and_a_weighted_sum(lo
     # Forward, the gradients; then their products and the weighted sum, or that of
     # gradients some of which are not finite.
     assert costs[ask] - costs[plain] <= 3
+
+
+def test_weights_and_their_bias_share_the_products_of_cotangents():
+    def loss_fn(params, x):
+        return jnp.sum(jnp.tanh(x @ params["weights"] + params["bias"]))
+
+    def gramian(params, x):
+        return hardvary.gramian(hardvary.env_grads(loss_fn)(params, x))
+
+    params = {"weights": jnp.ones((300, 200)), "bias": jnp.ones(200)}
+    program = jax.jit(gramian).lower(params, jnp.ones((7, 300))).compile().as_text()
+    # Of data, and of cotangents.
+    assert len(re.findall(r"= f32\[7,7\]\S* dot\(", program)) == 2
 
 
 def test_gradients_are_held_where_they_take_no_more_bytes():

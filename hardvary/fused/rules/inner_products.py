@@ -86,10 +86,19 @@ def gramian_by_rows(left: jax.Array, right: jax.Array, elements: int) -> jax.Arr
     pairs = batch * rows * rows * num_envs
     size = divisor(num_envs, elements // max(2 * pairs, 1))
 
+    def products(mine: jax.Array, theirs: jax.Array) -> jax.Array:
+        """`[batch, env of mine, row, env, row]`."""
+        shape = (batch, len(mine), rows, num_envs, rows)
+        if batch > 1:
+            return _einsum("ebri,fbsi->berfs", mine, theirs).reshape(shape)
+        # As of a parameter that is its own row, such as a bias beside these weights:
+        # then it is the same product, which is computed once.
+        mine, theirs = (x.reshape(-1, x.shape[-1]) for x in (mine, theirs))
+        return jnp.matmul(mine, theirs.T, precision=_HIGHEST).reshape(shape)
+
     def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        of_left = _einsum("ebri,fbsi->berfs", part[0], left)
-        of_right = _einsum("ebro,fbso->berfs", part[1], right)
-        return jnp.sum(of_left * of_right, axis=(0, 2, 4))
+        both = products(part[0], left) * products(part[1], right)
+        return jnp.sum(both, axis=(0, 2, 4))
 
     return in_parts(some, (left, right), size)
 

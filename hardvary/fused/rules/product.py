@@ -117,14 +117,14 @@ def _outer(
     # The output has batch axes, free axes of the left side, those of the right side.
     before = len(batch) + (len(mine_free) if use.side == 0 else 0)
     rows = range(before, before + len(free))
+    # One row. XLA on CPU transposes data that are contracted over several axes.
     up = lambda axes: tuple(axis + 1 for axis in axes)  # noqa: E731
+    data, cotangent = jnp.squeeze(data, up(free)), jnp.squeeze(cotangent, up(rows))
+    data_batch = [1 + sum(i not in free for i in range(axis)) for axis in batch]
     product = jax.lax.dot_general(
         data,
         cotangent,
-        (
-            ((0, *up(free)), (0, *up(rows))),
-            (up(batch), up(range(len(batch)))),
-        ),
+        (((0,), (0,)), (data_batch, up(range(len(batch))))),
         precision=precision,
         preferred_element_type=dtype,
     )
