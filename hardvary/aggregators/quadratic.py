@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from hardvary import sharding
 from hardvary._eigh import eigh
+from hardvary._sums import sums_and_minima
 
 # Rounds of exchanges in which no infeasibility went away, before the problem is made an
 # easier one: cycles end there.
@@ -133,6 +134,15 @@ def shortest_reaching(
     return x, 1 - heights @ x
 
 
+class _Steps(NamedTuple):
+    x: jax.Array
+    gradient: jax.Array
+    direction: jax.Array
+    proportional: jax.Array
+    violation: jax.Array
+    steps: jax.Array
+
+
 def cone_projections(matrix: jax.Array) -> jax.Array:
     """Row by row the `v >= e_i` that minimizes `v M v`, `e_i` the i-th unit vector.
 
@@ -149,12 +159,14 @@ def cone_projections(matrix: jax.Array) -> jax.Array:
     """
     size, dtype = len(matrix), matrix.dtype
     eps = jnp.finfo(dtype).eps
+    # In what follows a column for each vector: XLA on CPU is fast at their sums.
     lower = jnp.eye(size, dtype=dtype)
     # The largest eigenvalue is at most the largest sum of a row.
     stride = 1.9 / jnp.maximum(jnp.max(jnp.sum(jnp.abs(matrix), axis=1)), 1)
     rounding = eps * jnp.sqrt(jnp.max(jnp.sum(matrix**2, axis=1)))
-    times = lambda rows: _matmul(rows, matrix)  # noqa: E731
-    dot = lambda a, b: jnp.sum(a * b, axis=1, keepdims=True)  # noqa: E731
+
+    def of_columns(summed: list[jax.Array], least: Any = ()) -> list[jax.Array]:
+        return [total[None] for total in sums_and_minima(summed, list(least))]
 
     def parts(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         free = x > lower
@@ -162,52 +174,53 @@ def cone_projections(matrix: jax.Array) -> jax.Array:
             free, 0, jnp.minimum(gradient, 0)
         )
 
-    def violation(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        inner, outer = parts(x, gradient)
-        return dot(inner, inner) + dot(outer, outer)
-
-    def far(x: jax.Array, gradient: jax.Array, factor: float) -> jax.Array:
-        return violation(x, gradient) > (factor * rounding) ** 2 * dot(x, x)
-
-    def go_on(state: Any) -> jax.Array:
-        x, gradient, _, step = state
-        return jnp.any(far(x, gradient, 4)) & (step < min(60 + 2 * size, 400))
-
-    def step(state: Any) -> Any:
-        x, gradient, direction, steps = state
+    def arrived(x: jax.Array, gradient: jax.Array, image: Any) -> tuple[Any, ...]:
         inner, outer = parts(x, gradient)
         # How far a step along the gradient can go inside of the face.
         reduced = jnp.minimum(jnp.where(x > lower, (x - lower) / stride, 0), inner)
-        proportional = dot(outer, outer) <= dot(reduced, inner)
-        along = jnp.where(proportional, direction, outer)
-        image = times(along)
-        curvature = dot(along, image)
-        # A direction in which M says nothing, to rounding.
-        curvature = jnp.where(curvature > 4 * eps * dot(along, along), curvature, 0)
-        length = dot(gradient, along) / jnp.where(curvature > 0, curvature, 1)
-        length = jnp.where(curvature > 0, length, 0)
+        terms = [inner * inner, outer * outer, reduced * inner, x * x, inner * image]
+        inner2, outer2, reduced2, x2, along_image = of_columns(terms)
+        return outer2 <= reduced2, (inner2 + outer2) / x2, along_image
+
+    def far(state: _Steps, factor: float) -> jax.Array:
+        return state.violation > (factor * rounding) ** 2
+
+    def go_on(state: _Steps) -> jax.Array:
+        return jnp.any(far(state, 4)) & (state.steps < min(60 + 2 * size, 400))
+
+    def step(state: _Steps) -> _Steps:
+        x, gradient, direction, proportional, *_ = state
+        along = jnp.where(proportional, direction, parts(x, gradient)[1])
+        image = _matmul(matrix, along)
         room = jnp.where(
             along > 0, (x - lower) / jnp.where(along > 0, along, 1), jnp.inf
         )
-        most = jnp.min(room, axis=1, keepdims=True)
-        expands = proportional & ((length > most) | (curvature <= 0))
+        terms = [along * image, along * along, gradient * along]
+        curvature, along2, slope, most = of_columns(terms, [room])
+        # Otherwise a direction in which M says nothing, to rounding.
+        curved = curvature > 4 * eps * along2
+        curvature = jnp.where(curved, curvature, 1)
+        length = jnp.where(curved, slope / curvature, 0)
+        expands = proportional & ((length > most) | ~curved)
         length = jnp.where(expands, jnp.where(jnp.isfinite(most), most, 0), length)
         moved = jnp.maximum(x - length * along, lower)
-        slope = gradient - length * image
         # Past the face: a step of the projected gradient.
-        further = jnp.maximum(moved - stride * parts(moved, slope)[0], lower)
+        there = parts(moved, gradient - length * image)[0]
+        further = jnp.maximum(moved - stride * there, lower)
         x = jnp.where(expands, further, moved)
-        gradient = times(x)
-        inner, _ = parts(x, gradient)
-        ratio = dot(inner, image) / jnp.where(curvature > 0, curvature, 1)
-        conjugate = inner - jnp.where(curvature > 0, ratio, 0) * direction
-        goes_on = proportional & ~expands
-        return x, gradient, jnp.where(goes_on, conjugate, inner), steps + 1
+        gradient = _matmul(matrix, x)
+        goes_on = proportional & ~expands & curved
+        proportional, violation, along_image = arrived(x, gradient, image)
+        ratio = jnp.where(goes_on, along_image / curvature, 0)
+        conjugate = parts(x, gradient)[0] - jnp.where(goes_on, ratio * direction, 0)
+        return _Steps(x, gradient, conjugate, proportional, violation, state.steps + 1)
 
-    gradient = matrix
-    start = (lower, gradient, parts(lower, gradient)[0], jnp.asarray(0))
+    proportional, violation, _ = arrived(lower, matrix, matrix)
+    inner, _ = parts(lower, matrix)
+    start = _Steps(lower, matrix, inner, proportional, violation, jnp.asarray(0))
     start = sharding.vary_like(start, matrix)
-    x, gradient, *_ = jax.lax.while_loop(go_on, step, start)
+    end = jax.lax.while_loop(go_on, step, start)
+    rows, done = end.x.T, ~far(end, 8)[0]
 
     def exact(row: Any) -> jax.Array:
         # Of more vectors than dimensions, mostly: slower, and sure to end.
@@ -216,8 +229,11 @@ def cone_projections(matrix: jax.Array) -> jax.Array:
             done, lambda: x, lambda: low + complementary(matrix, start, x > low)
         )
 
-    done = ~far(x, gradient, 8)[:, 0]
-    return jax.lax.map(exact, (x, lower, matrix, done))
+    return jax.lax.cond(
+        jnp.all(done),
+        lambda: rows,
+        lambda: jax.lax.map(exact, (rows, lower, matrix, done)),
+    )
 
 
 def _matmul(left: jax.Array, right: jax.Array) -> jax.Array:
