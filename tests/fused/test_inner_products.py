@@ -147,6 +147,19 @@ def test_gradients_of_many_rows_are_made_once_for_products_and_a_weighted_sum(lo
     assert costs[ask] - costs[plain] <= 3
 
 
+@pytest.mark.parametrize(("rows", "num_loops"), [(64, 0), (8, 1)])
+def test_statistics_of_many_rows_need_no_loop_and_none_that_is_larger(rows, num_loops):
+    def statistics(params, batch):
+        return hardvary.env_grads(dense)(params, batch).stats(("mean", "sign"))
+
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((300, 40), (8, rows, 300))
+    ]
+    text = jax.jit(statistics).lower(*arguments).as_text()
+    assert len(re.findall("stablehlo.while", text)) == num_loops
+
+
 def test_weights_and_their_bias_share_the_products_of_cotangents():
     def loss_fn(params, x):
         return jnp.sum(jnp.tanh(x @ params["weights"] + params["bias"]))
