@@ -22,9 +22,10 @@ _LARGE = 2**14
 def over_first_axis(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """`jnp.sum(array, axis=0)` of floating arrays of one shape.
 
-    XLA on CPU hands a float32 sum to a library that goes through large arrays component
-    by component, 20 times as long as reading them takes, and writes down what is added
-    up. It does neither where several sums are one reduction.
+    Since jax 0.10 XLA on CPU hands such a sum to a library that goes through large
+    arrays component by component, which takes forty times as long as reading them
+    (`findings/xla_cpu_sums_of_few_long_rows.sh`), and writes down what is added up. It
+    does neither where several sums are one reduction.
     """
     shape = arrays[0].shape
     spread = not jax.sharding.get_abstract_mesh().empty

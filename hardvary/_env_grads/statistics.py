@@ -212,8 +212,9 @@ def sum_of_mask(mask: jax.Array) -> jax.Array:
     """The sum of a mask in [0, 1], boolean or floating, in float32."""
     rows = math.prod(mask.shape[:-1])
     if mask.dtype == jnp.bool_ and mask.ndim and 0 < rows <= _MOST_ROWS:
-        # XLA on CPU writes down what it adds up, but for a few terms in whole numbers,
-        # where it does not make one loop of this sum and the next: of 32 at most.
+        # XLA on CPU writes down what it adds up over more than 32 rows: so a few first,
+        # in bytes. Not so many that 32 sums are left, which it would add up in the same
+        # loop, a number at a time.
         few = divisor(rows, min(TERMS, rows // 33))
         mask = mask.reshape(rows // few, few, mask.shape[-1])
         mask = jnp.sum(mask, axis=1, dtype=jnp.int8)

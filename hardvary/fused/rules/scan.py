@@ -38,7 +38,8 @@ class Scan(Rule):
 
     def sums(self, statistics: Sequence[Statistic], weights: EnvWeights | None) -> Sums:
         if self._multiplies_together():
-            sums = sum_over_envs(self._all_grads(), statistics, weights)
+            grads = [grad.astype(self.leaves[0].dtype) for grad in self._all_grads()]
+            sums = sum_over_envs(grads, statistics, weights)
             return {s: [self._in_layout_of(total) for total in sums[s]] for s in sums}
         size = self._at_once()
         pull = self.pull(alone=size == 1)
