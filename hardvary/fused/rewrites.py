@@ -5,32 +5,122 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 from hardvary import _compat, sharding
-from hardvary.fused.equations import bind_mapped
+from hardvary.fused.equations import INLINED, bind_mapped, inexact, open_jaxpr
 
 # Output features of a convolution with an odd number of input features, such as the
 # colours of an image, at which one more takes a third of the time: more than the first,
 # up to the second. Measured with 3 x 3 and 5 x 5, with AVX2 and AVX-512.
 _SLOW = (16, 32)
+# Operations whose derivatives need the operands.
+_NEEDED_AGAIN = ("max", "min", "mul", "div")
+# Elements of an environment's part of what is broadcast, from which on it matters.
+_LARGE = 2**10
+_CALLS = {**INLINED, "custom_jvp_call": "call_jaxpr"}
 
 
 def run(eqn: Any, arguments: Sequence[Any], mapped: Sequence[bool]) -> list[Any]:
     """As `equations.bind_mapped`."""
+    if not sharding.on_cpu():
+        return bind_mapped(eqn, arguments, mapped)
+    spread = not jax.sharding.get_abstract_mesh().empty
+    if _compat.NEW_CPU_SUMS and not spread:
+        result = _with_own_operands(eqn, arguments, mapped)
+        if result is not None:
+            return result
     if (
         eqn.primitive.name != "conv_general_dilated"
         or not _compat.NEW_CPU_CONVOLUTIONS
-        or not sharding.on_cpu()
         or eqn.params["feature_group_count"] * eqn.params["batch_group_count"] > 1
     ):
         return bind_mapped(eqn, arguments, mapped)
     arguments = _with_even_features(eqn, arguments)
     # A mapped kernel makes groups, whose gradients are slower in this form.
-    if mapped[1] or not jax.sharding.get_abstract_mesh().empty:
+    if mapped[1] or spread:
         return bind_mapped(eqn, arguments, mapped)
     return [_in_standard_layout(eqn.params, *arguments)]
+
+
+def _only_equation(
+    eqn: Any, arguments: Sequence[Any]
+) -> tuple[Any, Sequence[Any]] | None:
+    """What a call holds, as `jax.nn.relu` is one, and that one's arguments."""
+    while (key := _CALLS.get(eqn.primitive.name)) is not None:
+        jaxpr = open_jaxpr(eqn.params[key])
+        if len(jaxpr.eqns) != 1 or jaxpr.constvars:
+            return None
+        given = dict(zip(jaxpr.invars, arguments, strict=True))
+        (eqn,) = jaxpr.eqns
+        if list(eqn.outvars) != list(jaxpr.outvars):
+            return None
+        arguments = [
+            var.val if isinstance(var, jex.Literal) else given[var]
+            for var in eqn.invars
+        ]
+    return eqn, arguments
+
+
+def _is_broadcast(eqn: Any) -> list[bool]:
+    """Which operands are given to `_with_own_operands` as its own."""
+    (out,) = (var.aval for var in eqn.outvars)
+    if not inexact(out) or out.size < _LARGE:
+        return [False]
+    return [
+        var.aval.size < out.size
+        # XLA multiplies by the inverse of a number that it knows.
+        and not (isinstance(var, jex.Literal) and eqn.primitive.name in ("mul", "div"))
+        for var in eqn.invars
+    ]
+
+
+def _with_own_operands(
+    eqn: Any, arguments: Sequence[Any], mapped: Sequence[bool]
+) -> list[Any] | None:
+    """An operation of which the derivative does not use what it is broadcast from.
+
+    XLA on CPU makes one operation of a sum, or a pool, and what is summed. A broadcast
+    inside of that it makes as it goes, unless something else needs the same: then all
+    of it is written down before the program begins. Derivatives of products need both
+    factors again, and that of a ReLU the zeros.
+    """
+    found = _only_equation(eqn, arguments)
+    if found is None or found[0].primitive.name not in _NEEDED_AGAIN:
+        return None
+    inner = found[0]
+    own, shape = _is_broadcast(inner), inner.outvars[0].aval.shape
+    if not any(own):
+        return None
+    places = [i for i, var in enumerate(eqn.invars) if not isinstance(var, jex.Literal)]
+
+    def filled(values: Sequence[Any]) -> list[Any]:
+        given = dict(zip(places, values, strict=True))
+        return [given.get(i, argument) for i, argument in enumerate(arguments)]
+
+    def apply(*values: Any) -> jax.Array:
+        _, operands = cast(Any, _only_equation(eqn, filled(values)))
+        operands = [jnp.asarray(x, inner.outvars[0].aval.dtype) for x in operands]
+        operands = [
+            jax.lax.optimization_barrier(x) if is_own else x
+            for x, is_own in zip(operands, own, strict=True)
+        ]
+        operands = [x if x.ndim else jnp.broadcast_to(x, shape) for x in operands]
+        return cast(jax.Array, inner.primitive.bind(*operands, **inner.params))
+
+    def tangent(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        def as_given(*values: Any) -> jax.Array:
+            (result,) = bind_mapped(eqn, filled(values), mapped)
+            return cast(jax.Array, result)
+
+        _, of_result = jax.jvp(as_given, primals, tangents)
+        return result(*primals), of_result
+
+    result = jax.custom_jvp(apply)
+    result.defjvp(tangent)
+    return [result(*(arguments[i] for i in places))]
 
 
 def _with_even_features(eqn: Any, arguments: Sequence[Any]) -> Sequence[Any]:

@@ -24,7 +24,7 @@ from hardvary._env_grads.statistics import (
     sign_or_nan,
 )
 from hardvary._loops import sum_in_parts
-from hardvary.fused.rules.factors import sides
+from hardvary.fused.rules.factors import multiply_rows, sides
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.uses import Use
 
@@ -121,7 +121,7 @@ def _outer(
     up = lambda axes: tuple(axis + 1 for axis in axes)  # noqa: E731
     data, cotangent = jnp.squeeze(data, up(free)), jnp.squeeze(cotangent, up(rows))
     data_batch = [1 + sum(i not in free for i in range(axis)) for axis in batch]
-    product = jax.lax.dot_general(
+    product = multiply_rows(
         data,
         cotangent,
         (((0,), (0,)), (data_batch, up(range(len(batch))))),

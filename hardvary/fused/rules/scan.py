@@ -206,7 +206,7 @@ class Scan(Rule):
     def _in_layout_of(self, total: jax.Array) -> jax.Array:
         """A sum of what `DotGeneral.stack` returns, as the parameter lies."""
         assert isinstance(self.factors, DotGeneral)
-        used = self.factors.as_used(total)
+        used = self.factors.of_stack(total)
         return self._in_layout(used.astype(_validate.wide(self.leaves[0].dtype)))
 
     def _in_layout(self, total: jax.Array) -> jax.Array:
