@@ -9,7 +9,7 @@ from jax import lax
 import hardvary
 from hardvary import _compat, sharding
 from hardvary.fused import rewrites
-from hardvary.fused.rules.factors import multiply_rows
+from hardvary.fused.rules.multiply import multiply_rows
 from tests._compat import enable_x64, equations_of
 from tests.fused._stacked import floats
 

@@ -9,7 +9,7 @@ convolution in as many groups, and slow too.
 With features in front and examples behind, where XLA on CPU expects them the other way
 round, that convolution is the faster way on images, one environment at a time: twice as
 fast with windows of 5 x 5, as fast or a little faster with 3 x 3, and without pieces in
-memory.
+memory. With up to 16 features of the output it is several times slower than pieces.
 
 Along an axis on which windows do not overlap, all pieces are one reshape: a patch
 embedding is nothing but a product, and so is a window of the whole image. Pieces of a
@@ -30,6 +30,7 @@ import numpy as np
 from hardvary import _compat, sharding
 from hardvary.fused.program import Bindings
 from hardvary.fused.rewrites import features_last
+from hardvary.fused.rules.multiply import multiply_rows
 from hardvary.fused.uses import Use
 
 # Pieces that are lined up at once: a window of 3 x 3.
@@ -37,6 +38,9 @@ PIECES = 9
 # Places of an output above which a convolution is no slower than so few pieces: an
 # image of 8 x 8.
 PLACES = 64
+# Features of an output from which on a convolution is no slower than pieces; than few
+# pieces of so many features of the input.
+OUTPUTS, OUTPUTS_OF_MANY, _MANY = 17, 32, 8
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -137,6 +141,8 @@ def _is_convolved_faster(
     axes = _axes(data, cotangent, params, shape)
     pieces = math.prod(axis.window for axis in axes)
     places = math.prod(axis.out for axis in axes)
+    outputs, inputs = (shape[axis] for axis in params["dimension_numbers"].rhs_spec[:2])
+    many = pieces <= PIECES and inputs >= _MANY
     return (
         _compat.NEW_CPU_CONVOLUTIONS
         and sharding.on_cpu()
@@ -146,6 +152,7 @@ def _is_convolved_faster(
         and params["feature_group_count"] == 1
         and tuple(params["lhs_dilation"]) == (1, 1)
         and (pieces > PIECES or places > PLACES)
+        and outputs >= (OUTPUTS_OF_MANY if many else OUTPUTS)
         # Else all pieces are one reshape.
         and not any(axis.reshaped for axis in axes)
     )
@@ -481,9 +488,9 @@ def _multiply(left: jax.Array, right: jax.Array, precision: Any) -> jax.Array:
     rows = ((0,), (0,))
     if left.shape[1] == 1:
         left, right = left[:, 0], right[:, 0]
-        product = jax.lax.dot_general(left, right, (rows, ((), ())), precision)
+        product = multiply_rows(left, right, (rows, ((), ())), precision=precision)
         return product[None]
-    return jax.lax.dot_general(left, right, (rows, ((1,), (1,))), precision)
+    return multiply_rows(left, right, (rows, ((1,), (1,))), precision=precision)
 
 
 def _wide(*dtypes: Any) -> Any:

@@ -24,7 +24,8 @@ from hardvary._env_grads.statistics import (
     sign_or_nan,
 )
 from hardvary._loops import sum_in_parts
-from hardvary.fused.rules.factors import multiply_rows, sides
+from hardvary.fused.rules.factors import sides
+from hardvary.fused.rules.multiply import multiply_rows
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.uses import Use
 
