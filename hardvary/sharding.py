@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,13 @@ def on_cpu() -> bool:
     tracing so that only that one is traced.
     """
     return jax.default_backend() == "cpu"
+
+
+def cpu_threads() -> int:
+    """Threads of XLA on CPU: one for every core that the process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def names_of(axis_name: AxisName | None) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Equations in a form at which XLA on CPU is faster, to the same result."""
 
-import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -20,6 +20,10 @@ _SLOW = (16, 32)
 _NEEDED_AGAIN = ("max", "min", "mul", "div")
 # Elements of an environment's part of what is broadcast, from which on it matters.
 _LARGE = 2**10
+# Features of data and of output, and multiplications of an environment, from which on
+# both cores are worth a wider output; numbers in a kernel from which on XLA takes all
+# cores of its own accord.
+_FEATURES, _WORK, _LARGE_KERNEL = 16, 2**19, 120_000
 _CALLS = {**INLINED, "custom_jvp_call": "call_jaxpr"}
 
 
@@ -169,13 +173,70 @@ def features_last(array: jax.Array, spec: Sequence[int]) -> jax.Array:
     return jnp.transpose(array, (batch, *space, feature))
 
 
+def _columns(
+    params: dict[str, Any], data: jax.Array, kernel: jax.Array
+) -> tuple[int, int]:
+    """Columns of zeros with which a convolution, and its data's gradient, are faster.
+
+    XLA on CPU has two libraries for images. The one that it prefers works on one core,
+    unless the kernel is large; to the other, which works on all cores, it hands what is
+    wider behind than in front.
+
+    Args:
+      params: of the primitive.
+      data: `[batch, *space, feature]`.
+      kernel: `[*window, in, out]`.
+
+    Returns:
+      So many more behind the data, and behind the cotangent of the output.
+    """
+    *window, into, out = kernel.shape
+    strides, dilations = params["window_strides"], params["rhs_dilation"]
+    if (
+        data.ndim != 4
+        or data.dtype != jnp.float32
+        or sharding.cpu_threads() == 1
+        or not _FEATURES <= min(into, out) <= max(into, out)
+        or max(into, out) == _FEATURES
+        or kernel.size >= _LARGE_KERNEL
+        or max(*strides, *params["lhs_dilation"]) > 1
+    ):
+        return 0, 0
+    sizes = data.shape[1:-1]
+    outs = [
+        size + low + high - (width - 1) * step
+        for size, (low, high), width, step in zip(
+            sizes, params["padding"], window, dilations, strict=True
+        )
+    ]
+    work = data.shape[0] * math.prod(outs) * kernel.size
+    if min(*outs, *sizes) < 1 or work < _WORK:
+        return 0, 0
+
+    def more(before: Sequence[int], after: Sequence[int]) -> int:
+        # Up to a sixth of what there is to do, where it is not wider as it is.
+        lacking = before[-1] + 1 - after[-1]
+        narrower = all(x >= y for x, y in zip(before, after, strict=True))
+        return lacking if narrower and 6 * lacking <= after[-1] else 0
+
+    return more(sizes, outs), more(outs, sizes)
+
+
+def _padded(params: dict[str, Any], columns: int) -> list[tuple[int, int]]:
+    """The padding of images, with so many more columns behind."""
+    *rows, (low, high) = params["padding"]
+    return [*rows, (low, high + columns)]
+
+
 def _standard_convolution(
     params: dict[str, Any],
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    names = ["window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision"]
+    names = ["window_strides", "lhs_dilation", "rhs_dilation", "precision"]
     settings = {name: params[name] for name in (*names, "preferred_element_type")}
 
-    def convolve(data: jax.Array, kernel: jax.Array, *, turned: bool) -> jax.Array:
+    def convolve(
+        data: jax.Array, kernel: jax.Array, padding: Any, *, turned: bool
+    ) -> jax.Array:
         """With `turned`, the kernel is [*window, out, in]."""
         rank = data.ndim
         images = (0, rank - 1, *range(1, rank - 1))
@@ -184,10 +245,15 @@ def _standard_convolution(
         kernels = (into, out, *window) if turned else (out, into, *window)
         numbers = jax.lax.ConvDimensionNumbers(images, kernels, images)
         return jax.lax.conv_general_dilated(
-            data, kernel, **settings, dimension_numbers=numbers
+            data, kernel, padding=padding, **settings, dimension_numbers=numbers
         )
 
-    straight = functools.partial(convolve, turned=False)
+    def straight(data: jax.Array, kernel: jax.Array) -> jax.Array:
+        more, _ = _columns(params, data, kernel)
+        result = convolve(data, kernel, _padded(params, more), turned=False)
+        if not more:
+            return result
+        return jax.lax.slice_in_dim(result, 0, result.shape[-2] - more, axis=-2)
 
     def tangent(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         (data, kernel), (of_data, of_kernel) = primals, tangents
@@ -196,7 +262,12 @@ def _standard_convolution(
         if not isinstance(of_data, jax.custom_derivatives.SymbolicZero):
             # The gradient is the transpose of this one, which turns the kernel back.
             turned = jnp.swapaxes(kernel, -1, -2)
-            total = convolve(of_data, turned, turned=True)
+            _, more = _columns(params, data, kernel)
+            columns = [
+                (0, more if i == of_data.ndim - 2 else 0) for i in range(of_data.ndim)
+            ]
+            padding = _padded(params, -more)
+            total = convolve(jnp.pad(of_data, columns), turned, padding, turned=True)
         if not isinstance(of_kernel, jax.custom_derivatives.SymbolicZero):
             total += straight(data, of_kernel)
         return result, total
