@@ -39,9 +39,9 @@ jaxprs_in_params: Any = _core.jaxprs_in_params
 # one with a window as large as an image is three times slower, and with 0.9.2.
 NEW_CPU_CONVOLUTIONS = jax.__version_info__ >= (0, 9, 2)
 
-# Whether XLA on CPU makes one operation of a sum and what is summed, and multiplies as
-# was measured.
-NEW_CPU_SUMS = jax.__version_info__ >= (0, 10)
+# Whether XLA on CPU has the library with which sums of what is made for them, products
+# and images on several cores were measured.
+NEW_CPU_LIBRARY = jax.__version_info__ >= (0, 10)
 
 # Whether a device's place along an axis of one `jax.shard_map` can be told inside of
 # another: before, what was lowered did not pass its verification, or hung there.

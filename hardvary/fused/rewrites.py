@@ -32,7 +32,7 @@ def run(eqn: Any, arguments: Sequence[Any], mapped: Sequence[bool]) -> list[Any]
     if not sharding.on_cpu():
         return bind_mapped(eqn, arguments, mapped)
     spread = not jax.sharding.get_abstract_mesh().empty
-    if _compat.NEW_CPU_SUMS and not spread:
+    if _compat.NEW_CPU_LIBRARY and not spread:
         result = _with_own_operands(eqn, arguments, mapped)
         if result is not None:
             return result
@@ -193,7 +193,8 @@ def _columns(
     *window, into, out = kernel.shape
     strides, dilations = params["window_strides"], params["rhs_dilation"]
     if (
-        data.ndim != 4
+        not _compat.NEW_CPU_LIBRARY
+        or data.ndim != 4
         or data.dtype != jnp.float32
         or sharding.cpu_threads() == 1
         or not _FEATURES <= min(into, out) <= max(into, out)

@@ -24,7 +24,7 @@ IMAGE = floats(32, 64).at[::3].set(0).at[1, :3].set([jnp.inf, -jnp.inf, jnp.nan]
 
 @pytest.fixture(autouse=True)
 def rewriting(monkeypatch):
-    monkeypatch.setattr(_compat, "NEW_CPU_SUMS", True)
+    monkeypatch.setattr(_compat, "NEW_CPU_LIBRARY", True)
 
 
 def barriers(function, *arguments):
@@ -32,14 +32,20 @@ def barriers(function, *arguments):
     return sum(eqn.primitive.name == "optimization_barrier" for eqn in equations)
 
 
-def again(function):
-    """`function`, a single equation, as the fused oracle runs it."""
+def again(function, kernel=None):
+    """`function`, a single equation, as the fused oracle runs it.
+
+    Args:
+      function: of arrays that all have environments, besides the one called kernel.
+      kernel: its position.
+    """
 
     def run(*arguments):
         (eqn,) = jax.make_jaxpr(function)(*arguments).eqns
         given = iter(arguments)
         filled = [var.val if hasattr(var, "val") else next(given) for var in eqn.invars]
-        (result,) = rewrites.run(eqn, filled, [True] * len(filled))
+        mapped = [i != kernel for i in range(len(filled))]
+        (result,) = rewrites.run(eqn, filled, mapped)
         return result
 
     return run
@@ -156,7 +162,7 @@ def test_zeros_of_a_relu_before_a_pool_are_not_written_down(monkeypatch):
 
     sizes = {}
     for rewriting in (True, False):
-        monkeypatch.setattr(_compat, "NEW_CPU_SUMS", rewriting)
+        monkeypatch.setattr(_compat, "NEW_CPU_LIBRARY", rewriting)
         compiled = jax.jit(lambda *args: step(*args)).lower((kernel, bias), images)
         sizes[rewriting] = compiled.compile().memory_analysis().temp_size_in_bytes
     written = 4 * num_envs * side * side * channels
@@ -213,3 +219,103 @@ def test_only_products_that_were_measured_are_swapped(dtype):
     left, right, numbers = PRODUCTS["rows first"]
     pair = jnp.ones(left, dtype), jnp.ones(right, dtype)
     assert barriers(lambda *pair: multiply_rows(*pair, numbers), *pair) == 0
+
+
+def sizes_of_convolutions(function, *arguments):
+    """Width before and after, of every convolution of images."""
+    equations = equations_of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    found = []
+    for eqn in equations:
+        if eqn.primitive.name == "conv_general_dilated":
+            numbers = eqn.params["dimension_numbers"]
+            before = eqn.invars[0].aval.shape[numbers.lhs_spec[3]]
+            found.append((before, eqn.outvars[0].aval.shape[numbers.out_spec[3]]))
+    return found
+
+
+CONVOLUTIONS = {
+    "same": ({"padding": "SAME"}, [(12, 13), (12, 13)]),
+    # Wider in one direction as they are, and would take a third more in the other.
+    "valid": ({"padding": "VALID"}, [(12, 10), (10, 12)]),
+    "full": ({"padding": [(2, 2), (2, 2)]}, [(12, 14), (14, 12)]),
+    # Fewer rows than before, and so more of them in the other direction.
+    "uneven": ({"padding": [(0, 1), (2, 0)]}, [(12, 13), (12, 12)]),
+    "dilated": ({"padding": "SAME", "rhs_dilation": (2, 3)}, [(12, 13), (12, 13)]),
+    "strided": ({"padding": "SAME", "window_strides": (2, 2)}, [(12, 6), (6, 12)]),
+    "narrower": ({"padding": [(1, 1), (0, 1)]}, [(12, 11), (11, 12)]),
+}
+LAYOUTS = {"last": ("NHWC", "HWIO", "NHWC"), "first": ("NCHW", "OIHW", "NCHW")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_with_more_columns_is_the_same(name, layout, monkeypatch):
+    monkeypatch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
+    monkeypatch.setattr(sharding, "cpu_threads", lambda: 2)
+    settings, widths = CONVOLUTIONS[name]
+    image, kernel = floats(2, 12, 12, 16), floats(3, 3, 16, 24, seed=1)
+    if layout == "first":
+        image, kernel = jnp.moveaxis(image, 3, 1), jnp.transpose(kernel, (3, 2, 0, 1))
+
+    def convolve(image, kernel):
+        given = {"window_strides": (1, 1), **settings}
+        return lax.conv_general_dilated(
+            image, kernel, **given, dimension_numbers=LAYOUTS[layout]
+        )
+
+    def pulled(way):
+        def pull(image, kernel):
+            result, back = jax.vjp(way, image, kernel)
+            return back(floats(*result.shape, seed=2))
+
+        return pull
+
+    def tangent(way):
+        return lambda *pair: jax.jvp(way, pair, tuple(map(jnp.sin, pair)))[1]
+
+    mine = again(convolve, kernel=1)
+    for derivative in (lambda way: way, pulled, tangent, lambda f: tangent(tangent(f))):
+        actual, expected = (
+            jax.tree.leaves(jax.jit(derivative(way))(image, kernel))
+            for way in (mine, convolve)
+        )
+        for one, other in zip(actual, expected, strict=True):
+            scale = float(jnp.abs(other).max())
+            np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * scale)
+
+    def gradient_of_data(image):
+        result, back = jax.vjp(lambda image: mine(image, kernel), image)
+        return back(result)
+
+    found = sizes_of_convolutions(gradient_of_data, image)
+    assert sorted(found) == sorted(widths)
+
+
+def many(side, into, out, window=3, examples=2):
+    return floats(examples, side, side, into), floats(window, window, into, out)
+
+
+@pytest.mark.parametrize(
+    ("threads", "pair"),
+    [
+        (1, many(12, 16, 24)),
+        (2, many(12, 3, 24)),
+        (2, many(12, 16, 16)),
+        (2, many(12, 128, 128)),
+        (2, many(4, 32, 64)),
+        (2, many(8, 16, 24, examples=1)),
+    ],
+    ids=["one core", "colours", "narrow", "large kernel", "small image", "little work"],
+)
+def test_other_convolutions_get_no_columns(threads, pair, monkeypatch):
+    monkeypatch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
+    monkeypatch.setattr(sharding, "cpu_threads", lambda: threads)
+
+    def convolve(image, kernel):
+        return lax.conv_general_dilated(
+            image, kernel, (1, 1), "SAME", dimension_numbers=LAYOUTS["last"]
+        )
+
+    mine = again(convolve, kernel=1)
+    ((before, after),) = sizes_of_convolutions(mine, *pair)
+    assert before == after

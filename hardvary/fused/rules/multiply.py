@@ -46,7 +46,7 @@ def is_swapped(rows: int, inputs: int, outputs: int, dtype: Any) -> bool:
     inputs, with AVX2 and AVX-512.
     """
     return (
-        _compat.NEW_CPU_SUMS
+        _compat.NEW_CPU_LIBRARY
         and sharding.on_cpu()
         and dtype in (jnp.float32, jnp.float64)
         and 1 < outputs <= min(inputs, rows) // 2
