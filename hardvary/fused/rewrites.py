@@ -115,16 +115,26 @@ def _with_own_operands(
         return cast(jax.Array, inner.primitive.bind(*operands, **inner.params))
 
     def tangent(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        moving = [i for i, x in enumerate(tangents) if not _is_zero(x)]
+
         def as_given(*values: Any) -> jax.Array:
-            (result,) = bind_mapped(eqn, filled(values), mapped)
+            changed = dict(zip(moving, values, strict=True))
+            operands = [changed.get(i, x) for i, x in enumerate(primals)]
+            (result,) = bind_mapped(eqn, filled(operands), mapped)
             return cast(jax.Array, result)
 
-        _, of_result = jax.jvp(as_given, primals, tangents)
+        directions = [tangents[i] for i in moving]
+        _, of_result = jax.jvp(as_given, [primals[i] for i in moving], directions)
         return result(*primals), of_result
 
     result = jax.custom_jvp(apply)
-    result.defjvp(tangent)
+    result.defjvp(tangent, symbolic_zeros=True)
     return [result(*(arguments[i] for i in places))]
+
+
+def _is_zero(tangent: Any) -> bool:
+    # In numbers, it would make a NaN of an infinity that it meets.
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 
 def _with_even_features(eqn: Any, arguments: Sequence[Any]) -> Sequence[Any]:
@@ -260,7 +270,7 @@ def _standard_convolution(
         (data, kernel), (of_data, of_kernel) = primals, tangents
         result = standard(data, kernel)
         total = jnp.zeros_like(result)
-        if not isinstance(of_data, jax.custom_derivatives.SymbolicZero):
+        if not _is_zero(of_data):
             # The gradient is the transpose of this one, which turns the kernel back.
             turned = jnp.swapaxes(kernel, -1, -2)
             _, more = _columns(params, data, kernel)
@@ -269,7 +279,7 @@ def _standard_convolution(
             ]
             padding = _padded(params, -more)
             total = convolve(jnp.pad(of_data, columns), turned, padding, turned=True)
-        if not isinstance(of_kernel, jax.custom_derivatives.SymbolicZero):
+        if not _is_zero(of_kernel):
             total += straight(data, of_kernel)
         return result, total
 

@@ -105,6 +105,22 @@ def _implicit():
     return True
 
 
+@pytest.mark.parametrize("name", [k for k, (_, args) in BROADCAST.items() if args[1:]])
+def test_an_operand_that_stays_adds_nothing_to_a_tangent(name):
+    function, arguments = BROADCAST[name]
+    if not _implicit():
+        pytest.skip("this jax writes every broadcast down")
+    for i, moving in enumerate(arguments):
+
+        def along(way, i=i, moving=moving):
+            def of(x):
+                return way(*arguments[:i], x, *arguments[i + 1 :])
+
+            return jax.jvp(of, (moving,), (jnp.ones_like(moving),))[1]
+
+        np.testing.assert_array_equal(along(again(function)), along(function))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_operands_of_ones_own_keep_the_dtype(dtype):
     with enable_x64(dtype == "float64"):
