@@ -43,6 +43,10 @@ NEW_CPU_CONVOLUTIONS = jax.__version_info__ >= (0, 9, 2)
 # and images on several cores were measured.
 NEW_CPU_LIBRARY = jax.__version_info__ >= (0, 10)
 
+# Whether that library works on one core at convolutions of images: not with jax 0.11.2
+# and 0.12.0.
+ONE_CORE_CONVOLUTIONS = (0, 10) <= jax.__version_info__ < (0, 11)
+
 # Whether a device's place along an axis of one `jax.shard_map` can be told inside of
 # another: before, what was lowered did not pass its verification, or hung there.
 NESTED_AXIS_INDEX = jax.__version_info__ >= (0, 10)

@@ -188,9 +188,9 @@ def _columns(
 ) -> tuple[int, int]:
     """Columns of zeros with which a convolution, and its data's gradient, are faster.
 
-    XLA on CPU has two libraries for images. The one that it prefers works on one core,
-    unless the kernel is large; to the other, which works on all cores, it hands what is
-    wider behind than in front.
+    XLA on CPU has two libraries for images. With jax 0.10 the one that it prefers works
+    on one core, unless the kernel is large; to the other, which works on all cores, it
+    hands what is wider behind than in front.
 
     Args:
       params: of the primitive.
@@ -203,7 +203,7 @@ def _columns(
     *window, into, out = kernel.shape
     strides, dilations = params["window_strides"], params["rhs_dilation"]
     if (
-        not _compat.NEW_CPU_LIBRARY
+        not _compat.ONE_CORE_CONVOLUTIONS
         or data.ndim != 4
         or data.dtype != jnp.float32
         or sharding.cpu_threads() == 1

@@ -267,6 +267,7 @@ LAYOUTS = {"last": ("NHWC", "HWIO", "NHWC"), "first": ("NCHW", "OIHW", "NCHW")}
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_with_more_columns_is_the_same(name, layout, monkeypatch):
     monkeypatch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
+    monkeypatch.setattr(_compat, "ONE_CORE_CONVOLUTIONS", True)
     monkeypatch.setattr(sharding, "cpu_threads", lambda: 2)
     settings, widths = CONVOLUTIONS[name]
     image, kernel = floats(2, 12, 12, 16), floats(3, 3, 16, 24, seed=1)
@@ -325,6 +326,7 @@ def many(side, into, out, window=3, examples=2):
 )
 def test_other_convolutions_get_no_columns(threads, pair, monkeypatch):
     monkeypatch.setattr(_compat, "NEW_CPU_CONVOLUTIONS", True)
+    monkeypatch.setattr(_compat, "ONE_CORE_CONVOLUTIONS", True)
     monkeypatch.setattr(sharding, "cpu_threads", lambda: threads)
 
     def convolve(image, kernel):
