@@ -39,8 +39,8 @@ jaxprs_in_params: Any = _core.jaxprs_in_params
 # one with a window as large as an image is three times slower, and with 0.9.2.
 NEW_CPU_CONVOLUTIONS = jax.__version_info__ >= (0, 9, 2)
 
-# Whether XLA on CPU has the library with which sums of what is made for them, products
-# and images on several cores were measured.
+# Whether XLA on CPU has the library with which sums of what is made for them, and
+# products, were measured.
 NEW_CPU_LIBRARY = jax.__version_info__ >= (0, 10)
 
 # Whether that library works on one core at convolutions of images: not with jax 0.11.2

@@ -230,7 +230,7 @@ def test_a_product_of_rows_is_dot_general(name):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["int32", "bfloat16", "float16"])
 def test_only_products_that_were_measured_are_swapped(dtype):
     left, right, numbers = PRODUCTS["rows first"]
     pair = jnp.ones(left, dtype), jnp.ones(right, dtype)
