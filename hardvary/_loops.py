@@ -174,6 +174,5 @@ def sum_over(
 
 def divisor(number: int, at_most: int) -> int:
     """The largest divisor of `number` up to a bound, at least 1."""
-    return max(
-        d for d in range(1, number + 1) if number % d == 0 and d <= max(at_most, 1)
-    )
+    sizes = range(min(number, at_most), 1, -1)
+    return next((size for size in sizes if number % size == 0), 1)

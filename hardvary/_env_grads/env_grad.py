@@ -22,8 +22,10 @@ from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
 from hardvary._env_grads.source import Source
 from hardvary._env_grads.spread import spread_environments
+from hardvary._env_grads.summed import Summed
 from hardvary._typing import AxisName, PyTree
-from hardvary.fused.rules import bound_rules
+from hardvary.fused.rules import bound_rules, summing
+from hardvary.fused.rules.base import Rule
 from hardvary.fused.traced import Traced
 
 
@@ -450,8 +452,11 @@ def value_and_env_grads(
         of all devices.
       env_axis_name: see `grad_stats`.
       microbatch_size: environments in a pass, a divisor of their number (on one device,
-        where a mesh has spread them); all of them unless given.
-        Fewer bound the memory of their activations, and every question then
+        where a mesh has spread them). Unless given, there is one pass, which on a CPU
+        and under `jit` takes large activations a few environments at a time and adds
+        up `"mean"` and `"sign"` on the way: it is faster, and `explain` tells how many.
+        The number of all environments turns that off. A smaller one
+        bounds the memory of activations, whatever is asked: every question then
         takes passes of its own: losses a forward pass, statistics and weighted
         sums one pass over everything, inner products one for every microbatch, with
         the stacked gradients of two microbatches in memory. For masks
@@ -531,23 +536,34 @@ def value_and_env_grads(
             everything = range(len(jax.tree.leaves(problem.params)))
             grads = answered([(everything, source)], problem.params, weights, axis_name)
             return (value if has_aux else value[0]), grads
+        # What masks ask for; in parts, all else is made of what the parts left behind.
+        wished = summing(st.summed((st.MEAN, st.SIGN), weights is not None), weights)
         traced = Traced(
             problem.loss,
             problem.params,
             problem.batch,
             env_axis_name,
             sharding.names_of(axis_name),
+            wished if size is None else None,
         )
-        grads = answered(
-            [(rule.group.leaves, rule) for rule in bound_rules(traced)],
-            problem.params,
-            weights,
-            axis_name,
-        )
+        sources = [
+            (rule.group.leaves, with_sums(rule, traced, weights))
+            for rule in bound_rules(traced)
+        ]
+        grads = answered(sources, problem.params, weights, axis_name)
         value = (traced.losses, traced.aux) if has_aux else traced.losses
         return value, grads
 
     return value_and_grads_fn
+
+
+def with_sums(rule: Rule, traced: Traced, weights: st.EnvWeights | None) -> Source:
+    """A rule's gradients with the sums that a pass has made on the way, if any."""
+    if traced.sums is None:
+        return rule
+    leaves = rule.group.leaves
+    own = {s: [values[i] for i in leaves] for s, values in traced.sums.items()}
+    return Summed(rule, own, weights)
 
 
 def checked_weights(

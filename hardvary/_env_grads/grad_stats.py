@@ -14,7 +14,7 @@ from hardvary._env_grads.no_array import NoArray
 from hardvary._env_grads.problem import InAxes, Problem, check_arguments
 from hardvary._env_grads.stacked import value_and_stacked
 from hardvary._typing import AxisName, PyTree
-from hardvary.fused.rules import AllRules
+from hardvary.fused.rules import summing, sums_of_pass
 from hardvary.fused.traced import Traced, check_collectives
 
 METHODS = ("fused", "scan", "vmap")
@@ -139,9 +139,10 @@ def grad_stats(
         product where others take the sign of the product, so they differ where the
         product underflows, and takes products in at least float32, so that they
         overflow later than those of float16.
-      microbatch_size: environments handled at once, a divisor of their number. For
-        `"fused"` all of them unless given: fewer bound the memory of their activations.
-        For `"scan"` 1 unless given.
+      microbatch_size: environments handled at once, a divisor of their number. Fewer
+        bound the memory of their activations. For `"fused"`, unless given, all of them,
+        but on a CPU and under `jit` as many as are fastest, which `explain` tells. For
+        `"scan"` 1 unless given.
       argnums: see `per_env_grad`.
       has_aux: see `per_env_grad`.
       in_axes: see `per_env_grad`.
@@ -316,9 +317,17 @@ def value_and_grad_stats(
 
         def sums_of(batch: Any, weights: st.EnvWeights | None) -> Any:
             if method == "fused":
-                traced = Traced(problem.loss, params, batch, env_axis_name, axes)
-                sums = AllRules(traced).sums(keys, weights)
-                return sums, (traced.losses, traced.aux)
+                wished = summing(keys, weights)
+                traced = Traced(
+                    problem.loss,
+                    params,
+                    batch,
+                    env_axis_name,
+                    axes,
+                    wished if size is None else None,
+                )
+                value = traced.losses, traced.aux
+                return sums_of_pass(traced, wished), value
             value, grads = value_and_stacked(problem, params, batch, env_axis_name)
             leaves = jax.tree.leaves(grads)
             return st.sum_over_envs(leaves, keys, weights), value

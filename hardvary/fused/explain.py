@@ -51,9 +51,15 @@ class Explanation:
 
     Attributes:
       parameters: a row for each parameter, in the order of the tree.
+      part_size: environments that a pass takes at a time on this machine where no
+        `microbatch_size` says so; all of them, but on a CPU and where activations are
+        large. Statistics are then added up on the way.
+      num_envs: number of environments.
     """
 
     parameters: tuple[ParameterRule, ...]
+    part_size: int
+    num_envs: int
 
     def __str__(self) -> str:
         rows = [
@@ -72,10 +78,13 @@ class Explanation:
             for row in self.parameters
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
+        lines = [
             "  ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])])
             for row in rows
-        )
+        ]
+        if self.part_size < self.num_envs:
+            lines.append(f"{self.part_size} of {self.num_envs} environments at a time")
+        return "\n".join(lines)
 
 
 def explanation(traced: Traced) -> Explanation:
@@ -99,5 +108,7 @@ def explanation(traced: Traced) -> Explanation:
                 *forms[i],
             )
             for i, (path, leaf) in enumerate(paths)
-        )
+        ),
+        traced.part_size,
+        traced.num_envs,
     )

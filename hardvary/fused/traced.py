@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +11,16 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from hardvary._env_grads.statistics import (
+    EnvWeights,
+    Statistic,
+    Sums,
+    sums_by_parts,
+)
 from hardvary._typing import PyTree
 from hardvary.fused.collectives import refuse_mixed_parameters
 from hardvary.fused.equations import as_array
+from hardvary.fused.parts import part_size
 from hardvary.fused.program import Bindings, Kind, Value
 from hardvary.fused.refusals import (
     naming_the_way_out,
@@ -23,6 +32,21 @@ from hardvary.fused.tracing import build
 LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Summing:
+    """Sums of statistics of the gradients over environments.
+
+    Attributes:
+      statistics: which, as `statistics.summed` returns them.
+      weights: of all environments, None for 1 each.
+      sums_of: `(traced, weights) -> sums` of the environments of a pass.
+    """
+
+    statistics: Sequence[Statistic]
+    weights: EnvWeights | None
+    sums_of: Callable[["Traced", EnvWeights | None], Sums]
+
+
 class Traced:
     """What one forward and backward pass over all environments leaves behind.
 
@@ -32,6 +56,8 @@ class Traced:
       batch: leaves `[env, ...]`.
       axis_name: a name for the axis of environments.
       device_axes: mapped axes over which further environments are spread.
+      summing: sums that are made on the way where environments are taken a few at a
+        time; without it, all are taken at once.
 
     Attributes:
       leaves, tree: the parameters.
@@ -40,6 +66,7 @@ class Traced:
       saved, cotangents: what its uses need, for all environments.
       losses, aux: of all environments.
       num_envs: number of environments.
+      sums: those of `summing`, None where all were taken at once.
 
     Raises:
       ValueError: side effects, parameters collected from several devices, and
@@ -53,6 +80,7 @@ class Traced:
         batch: PyTree,
         axis_name: str | None,
         device_axes: Sequence[str] = (),
+        summing: Summing | None = None,
     ) -> None:
         self.leaves, self.tree = jax.tree.flatten(params)
         self.num_envs = len(jax.tree.leaves(batch)[0])
@@ -66,9 +94,55 @@ class Traced:
             self.program = build(closed.jaxpr, values, kinds, live)
             # Not inside of the vmap: what a user's rule computes there stays there.
             self.env = self._hoisted()
-            run = jax.vmap(self._one, axis_name=axis_name)
-            outputs, self.saved, self.cotangents = run(batch)
+            self.sums: Sums | None = None
+            # Outside of a trace a loop would be compiled at every call.
+            traced = any(map(_is_traced, jax.tree.leaves((params, batch))))
+            if summing is None or not traced or self.part_size == self.num_envs:
+                outputs = self._take(batch)
+            else:
+                outputs = self._take_in_parts(batch, summing)
         self.losses, self.aux = jax.tree.unflatten(output_tree, outputs)
+
+    @functools.cached_property
+    def part_size(self) -> int:
+        """How many environments a pass with `summing` takes at a time."""
+        *_, axis_name = self._problem
+        # Under a name they meet.
+        return (
+            part_size(self.program, self.num_envs)
+            if axis_name is None
+            else self.num_envs
+        )
+
+    def _take(self, batch: PyTree) -> list[Any]:
+        """The pass over some environments, which returns their outputs."""
+        *_, axis_name = self._problem
+        self.num_envs = len(jax.tree.leaves(batch)[0])
+        run = jax.vmap(self._one, axis_name=axis_name)
+        outputs: list[Any]
+        outputs, self.saved, self.cotangents = run(batch)
+        return outputs
+
+    def _take_in_parts(self, batch: PyTree, summing: Summing) -> list[Any]:
+        """As `_take`, `part_size` environments at a time, with sums on the way.
+
+        Under `jit` what nobody asks for costs nothing here, either: XLA leaves out what
+        of a loop's results is not read.
+        """
+
+        def of_part(batch: PyTree, weights: EnvWeights | None) -> Any:
+            part = copy.copy(self)
+            outputs = part._take(batch)
+            left = outputs, part.saved, part.cotangents
+            return summing.sums_of(part, weights), left
+
+        inputs, count = (batch, summing.weights), self.num_envs // self.part_size
+        self.sums, left = sums_by_parts(
+            of_part, inputs, count, self.leaves, summing.statistics
+        )
+        outputs: list[Any]
+        outputs, self.saved, self.cotangents = left
+        return outputs
 
     def _hoisted(self) -> Bindings:
         env = Bindings()

@@ -18,7 +18,7 @@ from hardvary.fused.rules.base import Rule
 from hardvary.fused.rules.scan import Scan
 from hardvary.fused.rules.stack import Stack
 from hardvary.fused.rules.unused import Unused
-from hardvary.fused.traced import Traced
+from hardvary.fused.traced import Summing, Traced
 
 RULES: dict[str, type[Rule]] = {
     "product": product.Product,
@@ -127,3 +127,19 @@ class AllRules(Source):
         for rule in self._rules:
             found.update(zip(rule.group.leaves, ask(rule), strict=True))
         return [found[i] for i in sorted(found)]
+
+
+def summing(statistics: Sequence[Statistic], weights: EnvWeights | None) -> Summing:
+    """Sums by the rules, for a pass that may take a few environments at a time."""
+    return Summing(
+        statistics,
+        weights,
+        lambda traced, weights: AllRules(traced).sums(statistics, weights),
+    )
+
+
+def sums_of_pass(traced: Traced, summing: Summing) -> Sums:
+    """What is to be summed of all environments, on the way or now."""
+    if traced.sums is not None:
+        return traced.sums
+    return summing.sums_of(traced, summing.weights)
