@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import sharding
+from hardvary import _lax, sharding
 from hardvary._loops import divisor
 
 # Terms of at most two sums, and of more, that XLA on CPU adds up for many components at
@@ -39,7 +39,7 @@ def over_first_axis(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _plainly(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    return [jnp.sum(array, axis=0) for array in arrays]
+    return [_lax.sum_first(array) for array in arrays]
 
 
 @jax.custom_jvp

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hardvary import _hyperparams, _validate
 from hardvary._env_grads import forms
@@ -22,17 +23,19 @@ def reaches(sign_sum: jax.Array, num_envs: Any, threshold: Any) -> jax.Array:
     a vote, and 2e-6 of the total. Up to some 250,000 environments of weight 1 that is
     less than the step between two sums of votes. NaN signs do not pass.
     """
-    dtype = _validate.wide(sign_sum.dtype)
-    sign_sum = sign_sum.astype(dtype)
-    threshold = jnp.asarray(threshold)
+    dtype = np.dtype(_validate.wide(sign_sum.dtype))
+    known = not any(isinstance(x, jax.Array) for x in (num_envs, threshold))
+    # What is known need not be traced, for every parameter anew.
+    module: Any = np if known else jnp
+    given = jnp.result_type(threshold)
     rounding = 0.0
-    if jnp.issubdtype(threshold.dtype, jnp.floating):
-        rounding = float(jnp.finfo(threshold.dtype).eps)
-    threshold = threshold.astype(dtype)
-    num_envs = jnp.asarray(num_envs).astype(dtype)
-    slack = jnp.minimum(rounding * threshold * num_envs, 0.5)
-    slack += ROUNDING * num_envs
-    return jnp.abs(sign_sum) >= threshold * num_envs - slack
+    if jnp.issubdtype(given, jnp.floating):
+        rounding = float(jnp.finfo(given).eps)
+    threshold = module.asarray(threshold, given).astype(dtype)
+    num_envs = module.asarray(num_envs).astype(dtype)
+    slack = module.minimum(dtype.type(rounding) * threshold * num_envs, dtype.type(0.5))
+    slack = slack + dtype.type(ROUNDING) * num_envs
+    return jax.lax.ge(jax.lax.abs(sign_sum.astype(dtype)), threshold * num_envs - slack)
 
 
 def agreement(

@@ -6,6 +6,7 @@ statistics, inner products, weighted sums. Under `jit` a question that nobody as
 nothing, and parameters that are computed together share the work.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, overload
 
@@ -237,7 +238,8 @@ class EnvGrad(NoArray):
           ValueError: an unknown name.
         """
         checked = _validate.names("names", names, tuple(st.STATISTICS))
-        return self._stats(st.named(checked))
+        stats = self._stats(st.named(checked))
+        return dataclasses.replace(stats, num_envs=jnp.asarray(stats.num_envs))
 
     def _stats(self, statistics: Sequence[st.Statistic]) -> GradStats:
         fields, total = self._answers.stats(statistics)

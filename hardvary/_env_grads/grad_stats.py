@@ -402,6 +402,7 @@ def value_and_grad_stats(
         ordered, total, (losses, aux) = everywhere(problem, values, axes)
         sums = dict(zip(st.summed(wanted, values is not None), ordered, strict=True))
         fields = st.finish(sums, wanted, total)
+        total = jnp.asarray(total)
         leaves, treedef = jax.tree.flatten(problem.params)
         guard = make_guard()
         result = [

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _validate, sharding
+from hardvary import _lax, _validate, sharding
 from hardvary._loops import divisor
 from hardvary._sums import TERMS, over_first_axis
 from hardvary._typing import AxisName, PyTree
 
 LOG_EPS = 1e-10
-_MOST_ROWS = np.iinfo(np.int16).max
+# Terms from which on XLA's library on CPU adds up, and nothing is compiled for it.
+_LIBRARY = 2**12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,14 +51,14 @@ class Statistic:
 
 
 def _or_nan(function: Callable[[jax.Array], jax.Array], grad: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(grad), function(grad), jnp.nan)
+    return _lax.where(jax.lax.is_finite(grad), function(grad), np.nan)
 
 
 def sign_or_nan(grad: jax.Array) -> jax.Array:
     """The vote of a gradient: its sign, NaN where it is not finite."""
     # The sign of an infinite gradient is finite: without this the sum of signs would
     # hide a diverged environment.
-    return _or_nan(jnp.sign, grad)
+    return _or_nan(jax.lax.sign, grad)
 
 
 def nonzero_or_nan(grad: jax.Array) -> jax.Array:
@@ -211,15 +212,28 @@ def sum_over_envs(
 def sum_of_mask(mask: jax.Array) -> jax.Array:
     """The sum of a mask in [0, 1], boolean or floating, in float32."""
     rows = math.prod(mask.shape[:-1])
-    if mask.dtype == jnp.bool_ and mask.ndim and 0 < rows <= _MOST_ROWS:
-        # XLA on CPU writes down what it adds up over more than 32 rows: so a few first,
-        # in bytes. Not so many that 32 sums are left, which it would add up in the same
-        # loop, a number at a time.
-        few = divisor(rows, min(TERMS, rows // 33))
+    if mask.dtype == jnp.bool_ and mask.ndim and mask.size >= 2 * _LIBRARY:
+        # A few rows first, in bytes, where XLA on CPU would write down what it is to
+        # add up; and as many as its library adds up for no compilation are left.
+        few = divisor(rows, min(TERMS, mask.size // _LIBRARY))
         mask = mask.reshape(rows // few, few, mask.shape[-1])
         mask = jnp.sum(mask, axis=1, dtype=jnp.int8)
-        mask = jnp.sum(mask, axis=0, dtype=jnp.int16)
     return jnp.sum(mask, dtype=jnp.float32)
+
+
+def sum_of_masks(masks: Sequence[jax.Array]) -> jax.Array:
+    """`sum_of_mask` of all of them together."""
+    spread = not jax.sharding.get_abstract_mesh().empty
+    parts, few = list(masks), [mask for mask in masks if mask.size < _LIBRARY]
+    if len(few) > 1 and sharding.on_cpu() and not spread:
+        parts = [mask for mask in masks if mask.size >= _LIBRARY]
+        whole = all(mask.dtype == jnp.bool_ for mask in few)
+        dtype = jnp.bool_ if whole else jnp.float32
+        joined = jnp.concatenate([mask.reshape(-1).astype(dtype) for mask in few])
+        # Or XLA takes the sum of each again, and compiles as many loops.
+        parts.append(jax.lax.optimization_barrier(joined))
+    zero = jnp.zeros((), jnp.float32)
+    return functools.reduce(jax.lax.add, map(sum_of_mask, parts), zero)
 
 
 def over_devices(
@@ -239,8 +253,10 @@ def over_devices(
     return result, num_envs
 
 
-def as_total(num_envs: Any) -> jax.Array:
-    """The total weight as a floating scalar."""
+def as_total(num_envs: Any) -> Any:
+    """The total weight as a floating scalar, of NumPy if it is known."""
+    if isinstance(num_envs, int):
+        return np.float32(num_envs)
     total = jnp.asarray(num_envs)
     if not jnp.issubdtype(total.dtype, jnp.floating):
         return total.astype(jnp.float32)
@@ -262,7 +278,9 @@ def finish(
         value = sums[statistic][i]
         if statistic.rest is not None and statistic.rest in sums:
             value = value + sums[statistic.rest][i]
-        return value / total.astype(value.dtype) if statistic.averaged else value
+        if not statistic.averaged:
+            return value
+        return jax.lax.div(value, total.astype(value.dtype))
 
     count = len(next(iter(sums.values()), []))
     return [{s.field: field(s, i) for s in statistics} for i in range(count)]
@@ -300,7 +318,7 @@ def sums_by_parts(
             part = jax.tree.map(lambda leaf: leaf[None], part)
         sums, other = sums_of(*part)
         added = [sums[statistic] for statistic in statistics]
-        return jax.tree.map(jnp.add, total, added), other
+        return jax.tree.map(jax.lax.add, total, added), other
 
     # Zeros that wait for the inputs share memory with what was there before. XLA on
     # CPU runs side by side what shares none, and an MLP's step took a sixth longer.

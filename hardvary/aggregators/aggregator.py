@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from hardvary import _hyperparams, _validate
+from hardvary import _hyperparams, _lax, _validate
 from hardvary._env_grads import forms
 from hardvary._env_grads import statistics as st
 from hardvary._env_grads.grad_stats import GradStats, StatName
@@ -180,19 +181,20 @@ def build(
     ) -> tuple[jax.Array, jax.Array]:
         mask, direction, *closed = _answer(name, rule, leaf, given)
         _check_shapes(name, leaf, mask, direction, *closed)
-        kept = st.sum_of_mask(mask)
+        passing = mask
         if rescale:
+            passing = kept = st.sum_of_mask(mask)
             wide = _validate.wide(direction.dtype)
             direction = direction.astype(wide) * factor(kept, mask.size).astype(wide)
         closed = [value.astype(direction.dtype) for value in closed]
         if mask.dtype == jnp.bool_:
-            update = jnp.where(mask, direction, closed[0] if closed else 0)
+            update = _lax.where(mask, direction, closed[0] if closed else 0)
         else:
             mask = mask.astype(direction.dtype)
             update = mask * direction
             if closed:
                 update += (1 - mask) * closed[0]
-        return jnp.where(_broken(leaf), jnp.nan, update).astype(dtype), kept
+        return _lax.where(_broken(leaf), np.nan, update).astype(dtype), passing
 
     def update_fn(
         updates: PyTree,
@@ -220,7 +222,7 @@ def build(
             for i, (leaf, dtype) in enumerate(zip(stats, grads.dtypes, strict=True))
         ]
         size = sum(update.size for update, _ in results)
-        kept = sum((kept for _, kept in results), jnp.zeros((), jnp.float32))
+        kept = st.sum_of_masks([mask for _, mask in results])
         return (
             grads.unflatten([update for update, _ in results]),
             next_state(kept / max(size, 1), count),
@@ -241,9 +243,9 @@ def _keys(seed: Any, count: Any, num_leaves: int) -> jax.Array:
 def _broken(leaf: GradStats) -> jax.Array:
     """Where a present environment's gradient is not finite, as far as can be told."""
     if leaf.sign_sum is not None:
-        return jnp.isnan(leaf.sign_sum)
+        return _lax.isnan(leaf.sign_sum)
     if leaf.mean is not None:
-        return ~jnp.isfinite(leaf.mean)
+        return jax.lax.bitwise_not(jax.lax.is_finite(leaf.mean))
     values = [getattr(leaf, s.field) for s in st.STATISTICS.values()]
     broken = [jnp.isnan(value) for value in values if value is not None]
     result = broken[0]
@@ -285,7 +287,8 @@ def _answer(
 
 
 def _check_shapes(name: str, leaf: GradStats, *arrays: jax.Array) -> None:
-    shape = jnp.shape(_broken(leaf))
+    held = [getattr(leaf, s.field) for s in st.STATISTICS.values()]
+    shape = next(np.shape(value) for value in held if value is not None)
     names = ("mask", "direction", "value where the mask is closed")
     for what, array in zip(names, arrays, strict=False):
         if jnp.shape(array) != shape:

@@ -74,6 +74,61 @@ def test_kept_fraction_counts_parameters_of_any_shape(shape):
     assert float(kept_fraction) == expected
 
 
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("rescale", [False, True], ids=["plain", "rescaled"])
+@pytest.mark.parametrize("soft", ["none", "some", "all"])
+def test_kept_fraction_is_of_all_parameters_few_or_many(soft, rescale, jit):
+    # Those of few components are counted together, hard masks and soft ones.
+    rng = np.random.default_rng(1)
+    shapes = [(), (3,), (70, 60), (300, 33), (5, 4), (0, 2), (4096,), (9,)]
+    masks = [rng.random(shape).astype(np.float32) for shape in shapes]
+    is_soft = [soft == "all" or (soft == "some" and i % 3 == 1) for i in range(8)]
+    masks = [m if s else np.round(m) for m, s in zip(masks, is_soft, strict=True)]
+
+    def rule(stats, soft):
+        return stats.mean if soft else stats.mean != 0, stats.mean
+
+    if soft == "some":
+        soft_sizes = {np.shape(m) for m, s in zip(masks, is_soft, strict=True) if s}
+        tx = hardvary.aggregator(
+            lambda x: rule(x, x.mean.shape in soft_sizes), rescale=rescale
+        )
+    else:
+        tx = hardvary.aggregator(lambda x: rule(x, soft == "all"), rescale=rescale)
+    grads = [jnp.asarray(m)[None] for m in masks]
+    update = jax.jit(tx.update) if jit else tx.update
+    _, state = update(grads, tx.init(masks))
+    expected = sum(m.sum(dtype=np.float64) for m in masks) / sum(m.size for m in masks)
+    np.testing.assert_allclose(state.kept_fraction, expected, rtol=1e-6)
+    assert isinstance(state.kept_fraction, jax.Array)
+
+
+@pytest.mark.parametrize("form", ["stacked", "stats", "object"])
+def test_and_mask_traces_no_functions_within_functions(form):
+    # Each takes longer to trace, and to lower, than what it consists of.
+    params = {"w": jnp.ones((6, 5)), "b": jnp.ones(5), "c": jnp.ones((3, 2))}
+    x = jnp.ones((4, 3, 6))
+
+    def loss(params, x):
+        hidden = x @ params["w"] + params["b"][None]
+        return jnp.sum(jnp.tanh(hidden)[:, :2] @ params["c"].T)
+
+    tx = hardvary.and_mask(0.7)
+    oracle = {
+        "stacked": hardvary.per_env_grad,
+        "stats": hardvary.grad_stats,
+        "object": hardvary.env_grads,
+    }[form](loss)
+
+    def calls(function):
+        eqns = jax.make_jaxpr(function)(params, x).eqns
+        return sum(eqn.primitive.name in ("jit", "pjit") for eqn in eqns)
+
+    updates = calls(lambda p, x: tx.update(oracle(p, x), tx.init(p), p))
+    alone = calls(lambda p, x: jax.vmap(jax.value_and_grad(loss), (None, 0))(p, x))
+    assert updates <= alone
+
+
 @pytest.mark.parametrize("name", ["and_mask", "geometric_mean"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_aggregators_on_one_environment_return_its_gradient(name, threshold):

@@ -348,11 +348,11 @@ def test_program_of_inner_products_does_not_grow_with_the_window(ask):
         return getattr(grads, ask)()
 
     # Two places of the output are few enough for products row by row. The root of few
-    # inputs is made in fewer blocks.
+    # inputs is made in fewer blocks, and few components are counted at once.
     numbers = [
         counted(
             jax.make_jaxpr(run)(
-                jax.ShapeDtypeStruct((window, 2, 8), jnp.float32),
+                jax.ShapeDtypeStruct((window, 2, 24), jnp.float32),
                 jax.ShapeDtypeStruct((3, 1, window + 1, 2), jnp.float32),
             ).jaxpr
         )[0]

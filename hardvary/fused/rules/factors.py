@@ -318,8 +318,8 @@ class DotGeneral(Factors):
                 left = jnp.matmul(left, root, precision=_HIGHEST)
         swapped = self._stacks_swapped(left.dtype)
         pair, order = ((right, left), "oi") if swapped else ((left, right), "io")
-        product = f"ebr{order[0]},ebr{order[1]}->eb{order}"
-        grads = jnp.einsum(product, *pair, precision=_HIGHEST)
+        rows_of_batch = ((2,), (2,)), ((0, 1), (0, 1))
+        grads = jax.lax.dot_general(*pair, rows_of_batch, precision=_HIGHEST)
         if root is not None and not by_rows:
             product = f"ij,eb{order}->eb{order.replace('i', 'j')}"
             grads = jnp.einsum(product, root, grads, precision=_HIGHEST)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hardvary import _validate, sharding
+from hardvary import _lax, _validate, sharding
 from hardvary._env_grads.statistics import (
     MEAN,
     SIGN,
@@ -67,8 +67,8 @@ class Product(Scan):
             result[statistic] = [self._in_layout(total)]
         for statistic in votes:
             # Finite factors may have a product that is not.
-            finite = jnp.isfinite(result[MEAN][0])
-            result[statistic] = [jnp.where(finite, result[statistic][0], jnp.nan)]
+            finite = jax.lax.is_finite(result[MEAN][0])
+            result[statistic] = [_lax.where(finite, result[statistic][0], np.nan)]
         return {s: result[s] for s in statistics}
 
     def _sum(
@@ -120,7 +120,8 @@ def _outer(
     rows = range(before, before + len(free))
     # One row. XLA on CPU transposes data that are contracted over several axes.
     up = lambda axes: tuple(axis + 1 for axis in axes)  # noqa: E731
-    data, cotangent = jnp.squeeze(data, up(free)), jnp.squeeze(cotangent, up(rows))
+    data = jax.lax.squeeze(data, up(free))
+    cotangent = jax.lax.squeeze(cotangent, up(rows))
     data_batch = [1 + sum(i not in free for i in range(axis)) for axis in batch]
     product = multiply_rows(
         data,
@@ -182,7 +183,8 @@ def _count_bits(
     both = mine.nonzero & others.nonzero
     differ = (mine.negative ^ others.negative) & both
     votes = jax.lax.population_count(both)
-    votes -= word.type(2) * jax.lax.population_count(differ)
+    against = jax.lax.mul(jax.lax.population_count(differ), word.type(2))
+    votes = jax.lax.sub(votes, against)
     # A reduction is what XLA does not repeat for each that reads it.
     total = jax.lax.reduce(votes, word.type(0), jax.lax.add, (0,))
     # Below 0 it has wrapped around.
@@ -208,11 +210,15 @@ def _packed(factor: jax.Array, word: np.dtype) -> _Words:
     num_envs, shape, size = len(factor), factor.shape[1:], 8 * word.itemsize
     # One array and one sum for both: XLA would take anything else that it can fuse
     # into the loop over the parameter, and pack anew for each component.
-    flat = factor.reshape(num_envs, 1, -1)
-    of_nonzero = np.array([True, False])[None, :, None]
-    bits = jnp.where(of_nonzero, flat != 0, flat < 0)
-    bits = jnp.pad(bits, ((0, -num_envs % size), (0, 0), (0, 0)))
+    flat = jax.lax.broadcast_in_dim(
+        factor.reshape(num_envs, -1), (num_envs, 2, math.prod(shape)), (0, 2)
+    )
+    zero = np.zeros((), factor.dtype)
+    of_nonzero = jax.lax.broadcast_in_dim(np.array([True, False]), flat.shape, (1,))
+    bits = jax.lax.select(of_nonzero, jax.lax.ne(flat, zero), jax.lax.lt(flat, zero))
+    bits = jax.lax.pad(bits, np.False_, [(0, -num_envs % size, 0), *[(0, 0, 0)] * 2])
     bits = bits.reshape(len(bits) // size, size, *bits.shape[1:]).astype(word)
-    shifts = np.arange(size, dtype=word)[None, :, None, None]
-    words = jnp.sum(bits << shifts, axis=1, dtype=word)
+    shifts = np.arange(size, dtype=word)
+    bits = jax.lax.shift_left(bits, jax.lax.broadcast_in_dim(shifts, bits.shape, (1,)))
+    words = jax.lax.reduce(bits, word.type(0), jax.lax.add, (1,))
     return _Words(*(words[:, i].reshape(len(words), *shape) for i in range(2)))
