@@ -1,7 +1,7 @@
 """Operations as those of `jax.numpy`, traced in a fraction of the time.
 
-`jax.numpy` traces each of its functions as one of its own, which `jax.lax` does not: of
-the operations that every parameter takes, it is half of what an aggregator takes.
+`jax.numpy` traces each of its functions as one of its own, which `jax.lax` does not: it
+tells where every parameter takes some (docs/results/benchmark.md#compilation).
 """
 
 from typing import Any

@@ -51,6 +51,9 @@ class Statistic:
 
 
 def _or_nan(function: Callable[[jax.Array], jax.Array], grad: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(grad.dtype, jnp.floating):
+        # What an environment's data are made of, as pixels.
+        grad = grad.astype(jnp.float32)
     return _lax.where(jax.lax.is_finite(grad), function(grad), np.nan)
 
 

@@ -283,7 +283,15 @@ def _answer(
             f"{name}: the rule must return (mask, direction), or with a third array "
             f"for where the mask is closed, got {found}"
         )
-    return tuple(returned)
+    mask, *others = (
+        x if isinstance(x, jax.Array) else jnp.asarray(x) for x in returned
+    )
+    # Whole numbers have no NaN.
+    floating = [
+        x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+        for x in others
+    ]
+    return mask, *floating
 
 
 def _check_shapes(name: str, leaf: GradStats, *arrays: jax.Array) -> None:

@@ -196,6 +196,24 @@ def test_own_rule_meets_a_broken_environment_as_nan_whatever_it_says():
         assert float(state.kept_fraction) == 0
 
 
+@pytest.mark.parametrize("rescale", [False, True], ids=["plain", "rescaled"])
+@pytest.mark.parametrize(
+    "direction",
+    [jnp.array([1, 2, 3]), jnp.array([True, True, True]), np.array([1.0, 2.0, 3.0])],
+    ids=["whole numbers", "booleans", "of NumPy"],
+)
+def test_own_rule_may_return_any_numbers_and_still_shows_nan(direction, rescale):
+    grads = jnp.array([[1.0, jnp.inf, -3.0], [1.0, 1.0, -1.0]])
+    mask = np.array([True, True, False])
+    tx = hardvary.aggregator(lambda stats: (mask, direction), rescale=rescale)
+    updates, state = tx.update(grads, tx.init(None))
+    factor = 1.5 if rescale else 1.0
+    assert np.isnan(updates).tolist() == [False, True, False]
+    assert [float(updates[0]), float(updates[2])] == [factor, 0]
+    assert updates.dtype == jnp.float32
+    np.testing.assert_allclose(state.kept_fraction, 2 / 3, rtol=1e-6)
+
+
 def test_own_rule_is_named_in_messages():
     def quorum(stats):
         return stats.nonzero_sum > 1, stats.abs_mean

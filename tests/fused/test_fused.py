@@ -198,6 +198,30 @@ def test_fused_stats_as_on_an_accelerator_equal_stacked_gradients(name, monkeypa
     check(name, run(params, batch))
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "accelerator"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32"])
+def test_fused_stats_of_whole_numbers_equal_stacked(dtype, cpu, weighted, monkeypatch):
+    def loss(w, x):
+        numbers = (((0,), (0,)), ((), ()))
+        z = jax.lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32)
+        return jnp.sum(jnp.sin(z))
+
+    w, x = floats(3, 2), jnp.asarray(np.arange(15).reshape(5, 3) % 4, dtype)
+    if weighted:
+        weights = {"env_weights": jnp.array([1.0, 2.0, 0.0, 1.0, 0.5])}
+    else:
+        weights = {}
+    expected = hardvary.grad_stats(loss, stats=STATISTICS, method="vmap")
+    expected = expected(w, x, **weights)
+    monkeypatch.setattr(sharding, "on_cpu", lambda: cpu)
+    got = hardvary.grad_stats(loss, stats=STATISTICS)(w, x, **weights)
+    for field in ("mean", "sign_sum", "square_mean", "abs_mean", "nonzero_sum"):
+        np.testing.assert_allclose(
+            getattr(got, field), getattr(expected, field), rtol=1e-5, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize(
     "num_envs", [1, 7, 8, 9, 17, 80, 127, 128, 129, 255, 256, 257, 300, 513]
 )
